@@ -25,6 +25,7 @@ from hybridflow.registry import Registry
 from recipes.config import NO_MODEL, RunConfig
 from recipes.engine_facts import ask_engine
 from recipes.image_layouts import check_image_layout
+from recipes.untrained import check_untrained
 from workers.adapter_sync import sends_adapter
 from workers.agents.config import EpisodeActorConfig, EpisodeScorerConfig
 from workers.config import (
@@ -100,11 +101,8 @@ def check_settings(role: str, config: RoleConfig) -> None:
             f"{role}.model.attention is {config.model.attention!r}, which would need a mask over "
             f"whole packed rows; set {role}.model.attention=auto or {role}.train.packing=false"
         )
-    if isinstance(config, ReferenceConfig | RewardConfig | JudgeConfig) and config.train.lora.rank:
-        raise ValueError(
-            f"{role}.train.lora.rank is {config.train.lora.rank}, but {role} is not trained; leave it "
-            f"out, or set {role}.train.lora.adapter to the directory of an adapter"
-        )
+    if isinstance(config, ReferenceConfig | RewardConfig | JudgeConfig):
+        check_untrained(role, config.train)
     if isinstance(config, ActorConfig):
         check_loss(config.loss)
         check_generation("actor", config.generation)

@@ -5,18 +5,24 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from workers.config import TrainConfig
+from workers.config import TrainConfig, VisionTraining
 from workers.engines import ENGINES, engine_class
 from workers.engines.model.loading import AUTO
 from workers.engines.model.vision import MASKED_ATTENTIONS
 from workers.images import family_of
+from workers.images.families import FAMILIES
 
 
 def check_image_layout(model: PretrainedConfig, train: TrainConfig, attention: str) -> None:
-    """A ValueError for what takes no images, and for a kernel (model.attention) that can't let an image's
-    tokens see each other where they do; nothing for a model without images."""
+    """A ValueError for what takes no images, for a kernel (model.attention) that can't let an image's tokens
+    see each other where they do, and for a frozen tower of a model that has none."""
     family = family_of(model)
     if family is None:
+        if train.vision is VisionTraining.frozen:
+            raise ValueError(
+                f"train.vision is frozen, but {model.model_type} is trained on text alone and has no vision "
+                f"tower here; leave it out, or use one of {', '.join(FAMILIES)}"
+            )
         return
     if family.sees_itself and attention not in (AUTO, *MASKED_ATTENTIONS):
         raise ValueError(

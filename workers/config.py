@@ -52,7 +52,8 @@ class ContextExchange(StrEnum):
 class VisionTraining(StrEnum):
     trained = "trained"
     frozen = "frozen"
-    """The vision tower stays as it was loaded; the decoder and its head are trained."""
+    """The vision tower and its projector stay as they were loaded; the decoder and its head are
+    trained."""
 
 
 @dataclass(kw_only=True)
@@ -235,7 +236,8 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train low-rank adapters in place of the model's weights."""
     vision: VisionTraining = VisionTraining.trained
-    """trained or frozen: the vision tower of a model that sees images."""
+    """trained or frozen: the vision tower of a model that sees images, with the projector (Qwen's
+    merger) that brings its features to the decoder's width."""
     router_aux_loss_coefficient: float = 0.0
     """Factor of the auxiliary loss that spreads tokens evenly over the experts of a mixture:
     experts * sum_i f_i P_i of every layer, with the share f of the choices and the mean probability P

@@ -13,14 +13,14 @@ thoughts of old turns): there is then no one text to learn, and the row is refus
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
-from controllers.data.images import images_of
+from controllers.data.images import has_images, images_of
 from controllers.data.messages import check_messages, text_or_messages
 from controllers.data.sources import SourceRow
 from controllers.data.tokenize import PromptTokenizer, check_text
@@ -143,6 +143,8 @@ class ConversationTokenizer:
                 f"{row.place}: message 0 (from 0) is the assistant's, and nothing stands before "
                 "it that it answers; put a user's or a system message before it"
             )
+        for turn in turns:
+            check_written(f"{row.place}: message {turn} (from 0)", messages[turn])
         segments, done, ends_open = [], "", False
         for turn in turns:
             answer = self._without_end(messages[turn])
@@ -284,7 +286,16 @@ def _response_message(row: SourceRow, column: str, response: Any) -> dict[str, A
     return message
 
 
+def check_written(place: str, message: Mapping[str, Any]) -> None:
+    """A ValueError for a turn to learn that has an image."""
+    if has_images([message]):
+        raise ValueError(
+            f"{place} is an assistant's turn with an image, and a model writes text alone; remove the image"
+        )
+
+
 def _text_of(row: SourceRow, column: str, message: dict[str, Any]) -> str:
+    check_written(f"{row.place}: {column!r}", message)
     text = message.get("content") or ""
     if not text.strip() and not message.get("tool_calls"):
         raise ValueError(f"{row.place}: {column!r} is empty; remove the row or give it a response")

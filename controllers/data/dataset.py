@@ -76,6 +76,7 @@ class PromptDataset(RowDataset):
             batch_size=config.pretraining_batch_size,
             max_prompt_tokens=2**31 - 1,
             text_as_user_message=False,
+            images_column=None,
         )
         rows = cls.load(text, where, tokenizer, field="data.pretraining", vocabulary=vocabulary)
         return rows.cut(config.pretraining_tokens)

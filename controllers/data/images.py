@@ -2,9 +2,9 @@
 
 A part is {"type": "image", "image": X} or {"type": "image_url", "image_url": {"url": X}}, with X a path,
 a data URL, bytes, an image of PIL, or {bytes, path} as columns of the hub have it. A part {"type":
-"image"} without one, and each "<image>" in a text, stands for the next of data.images_column; where a
-conversation has neither, the column's images come before the first user message. References are
-plain values of a row, {"path": ...} or {"base64": ...}, with their place in the data. Images on the
+"image"} without one, and each "<image>" in a text, stands for the next of the row's column of images
+(image_column.py); where a conversation has neither, they come before the first user message. References are
+plain values of a row, {"path": ...} or {"base64": ...}, with their place in the row. Images on the
 web are left out.
 """
 
@@ -14,20 +14,31 @@ import base64
 import binascii
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from controllers.data.files import SourceRow
+from hybridflow.wording import counted
 from workers.images import ImageReference
+from workers.images.reference import check_range, explained, upright_rgb
 
 IMAGE = "image"
 IMAGE_URL = "image_url"
-USUAL_COLUMN = "images"
-"""data.images_column as it comes; rows of text alone have none."""
 MARK = "<image>"
 """In a text: an image of the column stands here."""
 STORED = "\x00images"
 """The name of a row's references among its plain values; no column of data is called so."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnImages:
+    """The images of a row outside of its messages: ColumnImages("image", ["cat.png"], is_there=True)"""
+
+    name: str
+    values: Sequence[Any]
+    is_there: bool
+    """Whether the row has the column, empty or not."""
 
 
 def is_image_part(part: Any) -> bool:
@@ -48,36 +59,42 @@ def image_part(place: str, row: SourceRow, part: Mapping[str, Any]) -> dict[str,
 
 def stored_reference(place: str, row: SourceRow, value: Any) -> dict[str, str]:
     """An image of the data as a plain value; a ValueError for what is none, or is not here."""
+    inside = place.removeprefix(row.place)  # equal rows have equal values, wherever they stand
     if isinstance(value, dict):
+        if "base64" in value:  # of a row whose messages are read for the second time
+            return {**value, "place": inside}
         inner = value.get("bytes")
         for name in ("path", "url"):
             if inner is None:
                 inner = value.get(name)
         value = inner
     if not isinstance(value, str | bytes | bytearray):
-        value = _png_of_picture(value)
+        value = _png_of_picture(place, value)
     if isinstance(value, bytes | bytearray):
-        return {"base64": base64.b64encode(value).decode(), "place": place}
+        return {"base64": base64.b64encode(value).decode(), "place": inside}
     if not isinstance(value, str) or not value:
         raise ValueError(
             f"{place} is {type(value).__name__} {str(value)[:60]!r}; give an image as a path, as "
             "bytes, or as {bytes, path}"
         )
     if value.startswith("data:"):
-        return {"base64": _of_data_url(place, value), "place": place}
+        return {"base64": _of_data_url(place, value), "place": inside}
     if value.startswith(("http://", "https://")):
         raise ValueError(f"{place} is {value[:80]!r}; download it, and give its path")
-    return {"path": str(_found(place, row, value.removeprefix("file://"))), "place": place}
+    file = _found(place, row, value.removeprefix("file://"))
+    return {"path": str(file), "place": inside}
 
 
-def _png_of_picture(value: Any) -> Any:
-    """An image of PIL as the bytes of a file; anything else as it is."""
+def _png_of_picture(place: str, value: Any) -> Any:
+    """An image of PIL as the bytes of a file, as a model is shown it; anything else as it is."""
     from PIL import Image
 
     if not isinstance(value, Image.Image):
         return value
     buffer = io.BytesIO()
-    value.save(buffer, format="PNG")
+    with explained(place):
+        check_range(value)
+        upright_rgb(value).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -95,62 +112,54 @@ def _of_data_url(place: str, url: str) -> str:
 def _found(place: str, row: SourceRow, value: str) -> Path:
     """The file, relative to the data's file or to the working directory."""
     path = Path(value).expanduser()
-    tried = [path]
-    if not path.is_absolute() and row.directory is not None:
-        tried.insert(0, row.directory / path)
-    for candidate in tried:
-        if candidate.is_file():
-            return candidate.resolve()
-    raise ValueError(
-        f"{place}: there is no file {value!r} (looked for {' and '.join(map(str, tried))}); correct "
-        "the path"
-    )
+    directories = dict.fromkeys([(row.directory or Path()).absolute(), Path.cwd()])
+    for directory in directories:
+        if (directory / path).is_file():
+            return (directory / path).resolve()
+    where = "" if path.is_absolute() else f" in {' or '.join(map(str, directories))}"
+    raise ValueError(f"{place}: there is no file {value!r}{where}; correct the path")
 
 
 def with_column_images(
-    row: SourceRow, messages: Sequence[dict[str, Any]], column: str | None
+    row: SourceRow, messages: Sequence[dict[str, Any]], column: ColumnImages, *, usual: bool
 ) -> list[dict[str, Any]]:
-    """The messages with the images of data.images_column where they belong."""
-    values = None if column is None else row.values.get(column)
-    if values is None:
-        values = []
-    elif not isinstance(values, list):
-        values = [values]
-    place = f"{row.place}: {column!r}"
-    if column is not None and row.values.get(column) == [] and any(map(_is_marked, messages)):
+    """The messages with the images of a column where they belong; `usual`: rows may lack it."""
+    place = f"{row.place}: {column.name!r}"
+    images = [
+        {"type": IMAGE, IMAGE: stored_reference(place, row, value)} for value in column.values
+    ]
+    num_marks = sum(map(_num_marks, messages))
+    if num_marks and not images and column.is_there:
         raise ValueError(
             f"{place} is empty, and the messages have {MARK}; give the image, or remove the mark"
         )
-    if column not in (None, USUAL_COLUMN, *row.values) and any(map(_is_marked, messages)):
+    if num_marks and not column.is_there and not usual and column.name:
         raise ValueError(
             f"{place} is not among {', '.join(map(repr, row.values))}, and the messages have {MARK}; "
             "set data.images_column to the column of the images, or remove the mark"
         )
-    images = [{"type": IMAGE, IMAGE: stored_reference(place, row, value)} for value in values]
-    waiting = iter(images)
-    filled = [_filled(message, waiting, bool(images)) for message in messages]
-    left = list(waiting)
-    if left and len(left) == len(images):
-        filled = _before_the_question(filled, left)
-    elif left:
+    places = sum(map(_num_bare_parts, messages)) + (num_marks if images else 0)
+    if images and not places:
+        return _before_the_question(place, messages, images)
+    if places != len(images):
+        what = f"{column.name!r} has {len(images)}" if column.is_there else "no column has any"
         raise ValueError(
-            f"{place} has {len(images)} images, and the messages have places for "
-            f"{len(images) - len(left)}; give each its {{'type': 'image'}} or {MARK}"
+            f"{row.place}: the messages have {counted(places, 'places')} for images of a column "
+            f"({{'type': 'image'}} without a value, or {MARK}), and {what}; give as many of one as of the "
+            "other"
         )
-    for message in filled:
-        for part in parts_of(message):
-            if is_image_part(part) and IMAGE not in part:
-                raise ValueError(
-                    f"{row.place}: a message has an image without a value, and {column!r} has "
-                    f"{len(images)}; give it {{'type': 'image', 'image': ...}}, or set "
-                    "data.images_column"
-                )
-    return filled
+    waiting = iter(images)
+    return [_filled(message, waiting, bool(images)) for message in messages]
 
 
-def _is_marked(message: Mapping[str, Any]) -> bool:
+def _num_marks(message: Mapping[str, Any]) -> int:
     texts = [part.get("text", "") for part in parts_of(message) if not is_image_part(part)]
-    return any(MARK in text for text in texts)
+    return sum(text.count(MARK) for text in texts)
+
+
+def _num_bare_parts(message: Mapping[str, Any]) -> int:
+    """Parts that are images without a value."""
+    return sum(is_image_part(part) and IMAGE not in part for part in parts_of(message))
 
 
 def _filled(
@@ -167,26 +176,36 @@ def _filled(
     parts: list[dict[str, Any]] = []
     for part in content:
         if is_image_part(part):
-            parts.append(part if IMAGE in part else next(images, part))
+            parts.append(part if IMAGE in part else next(images))
             continue
         pieces = part["text"].split(MARK) if has_images else [part["text"]]
         for number, piece in enumerate(pieces):
             if number:
-                parts.append(next(images, {"type": IMAGE}))
+                parts.append(next(images))
             if piece:
                 parts.append({"type": "text", "text": piece})
     return {**message, "content": parts}
 
 
 def _before_the_question(
-    messages: Sequence[dict[str, Any]], images: Sequence[dict[str, Any]]
+    place: str, messages: Sequence[dict[str, Any]], images: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
+    """Where the messages have no places. A ValueError where they have other images, or no question."""
+    if others := images_of(messages):
+        raise ValueError(
+            f"{place} has {counted(len(images), 'images')} beside the {len(others)} in the messages, which "
+            "have no place for them; leave one of the two out (data.images_column=null), or put "
+            f"{{'type': 'image'}} or {MARK} where they belong"
+        )
     result = list(messages)
     for number, message in enumerate(result):
         if message["role"] == "user":
             result[number] = {**message, "content": [*images, *parts_of(message)]}
-            break
-    return result
+            return result
+    raise ValueError(
+        f"{place} has {counted(len(images), 'images')}, and the messages have no place for them, nor a "
+        f"user's message; put {{'type': 'image'}} or {MARK} where they belong"
+    )
 
 
 def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -197,18 +216,38 @@ def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"type": "text", "text": content or ""}]
 
 
+def has_images(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a message has an image, or a place for one."""
+    return any(is_image_part(part) for message in messages for part in parts_of(message))
+
+
 def images_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The references of all images, in order."""
+    """The references of all images that are there, in order."""
     found = []
     for message in messages:
         for part in parts_of(message):
-            if is_image_part(part):
+            if is_image_part(part) and IMAGE in part:
                 found.append(part[IMAGE])
     return found
 
 
-def reference_of(stored: Mapping[str, str]) -> ImageReference:
-    """The image that a plain value refers to."""
+def without_places(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages without where their images stand in the row, for comparisons."""
+    bare = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            content = [
+                {**part, IMAGE: {**part[IMAGE], "place": ""}} if part.get(IMAGE) else part
+                for part in content
+            ]
+        bare.append({**message, "content": content})
+    return bare
+
+
+def reference_of(stored: Mapping[str, str], row_place: str) -> ImageReference:
+    """The image that a plain value of a row refers to."""
+    place = row_place + stored["place"]
     if "path" in stored:
-        return ImageReference(path=stored["path"], place=stored["place"])
-    return ImageReference(encoded=base64.b64decode(stored["base64"]), place=stored["place"])
+        return ImageReference(path=stored["path"], place=place)
+    return ImageReference(encoded=base64.b64decode(stored["base64"]), place=place)

@@ -10,9 +10,11 @@ chosen and rejected as whole dialogues         "\\n\\nHuman: ...\\n\\nAssistant:
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from controllers.data.config import DataConfig
+from controllers.data.images import without_places
 from controllers.data.messages import (
     CONTENTLESS,
     MISSING,
@@ -47,7 +49,7 @@ def with_prompt(row: SourceRow, config: DataConfig, *, chat: bool) -> SourceRow:
     else:
         return row
     chosen, rejected = conversations
-    if chosen[:-1] != rejected[:-1]:
+    if without_places(chosen[:-1]) != without_places(rejected[:-1]):
         raise Unusable("conversations that part before their last turn")
     for messages, column in zip(conversations, columns, strict=True):
         if messages[-1]["role"] != "assistant":
@@ -56,7 +58,8 @@ def with_prompt(row: SourceRow, config: DataConfig, *, chat: bool) -> SourceRow:
                 "no response to compare; remove the row"
             )
         last = messages[-1]
-        if isinstance(last.get("content"), str) and not last["content"].strip():
+        content = last.get("content")
+        if isinstance(content, str) and not content.strip():
             if any(map(last.get, CONTENTLESS)):
                 continue
             raise Unusable("an empty response")
@@ -65,7 +68,7 @@ def with_prompt(row: SourceRow, config: DataConfig, *, chat: bool) -> SourceRow:
     if prompt and prompt[0]["role"] == "text":
         prompt, answers = prompt[0]["content"], [answer[0]["content"] for answer in answers]
     changed = dict(zip(columns, answers, strict=True)) | {config.prompt_column: prompt}
-    return SourceRow(row.place, row.values | changed)
+    return replace(row, values=row.values | changed)
 
 
 def _behind_the_prompt(

@@ -22,6 +22,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
+from controllers.data.image_column import NamedColumn
 from controllers.data.images import STORED, reference_of
 from controllers.data.pass_rates import PassRates
 from controllers.data.sources import READ_ROWS, SourceRow, read, sources
@@ -104,9 +105,11 @@ class RowDataset(ABC):
             writer.check = VocabularyCheck(tokenizer, vocabulary)
             encode = cls.encoder(tokenizer, config, images)
             unread: dict[str, None] = {}
+            column = NamedColumn(config, field)
             for source in sources(field, where):
                 writer.begin(source)
                 for rows in _chunks(read(source.place, field)):
+                    column.look_at(rows)
                     for row, encoded in zip(rows, encode(rows), strict=True):
                         writer.add(row, encoded)
                         unread |= dict.fromkeys(row.values.keys() - cls.columns_read(config, row))
@@ -114,6 +117,7 @@ class RowDataset(ABC):
                 LOGGER.warning(
                     "data %s: nothing reads the columns %s", where, ", ".join(sorted(unread))
                 )
+            column.check()
             return cls.of(writer.finish(where))
 
     @classmethod
@@ -211,7 +215,8 @@ class RowDataset(ABC):
                 stored = self._values(row).get(STORED)
                 if stored is None:
                     return {}
-                kept[row] = tuple(map(reference_of, stored))
+                place = self.place(row)
+                kept[row] = tuple(reference_of(image, place) for image in stored)
             found.append(kept[row])
         return {IMAGES.name: found} if found else {}
 

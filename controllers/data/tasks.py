@@ -20,6 +20,7 @@ from hybridflow.batch import SAMPLE, Batch
 from workers.columns import EXTRAS, TASK, UID
 from workers.images import ImageProcessor
 
+BLIND = "environments show text alone; leave it out, or give it to the environment in a column"
 PROMPT = "prompt"
 """The task's entry with the prompt, as text or messages; no column of the data is called so."""
 
@@ -39,7 +40,7 @@ class TaskDataset(PromptDataset):
         images: ImageProcessor | None = None,
     ) -> Encode:
         del images  # environments show text alone
-        tokenize = PromptTokenizer(tokenizer, config)
+        tokenize = PromptTokenizer(tokenizer, replace(config, images_column=None), blind=BLIND)
 
         def encode(rows: Sequence[SourceRow]) -> list[EncodedRow]:
             with_prompt = [row for row in rows if has(row, config.prompt_column)]

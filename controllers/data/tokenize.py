@@ -15,7 +15,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
-from controllers.data.images import images_of, reference_of, with_column_images
+from controllers.data.image_column import (
+    column_images,
+    every_column,
+    image_columns,
+    is_usual,
+    looks_like_images,
+)
+from controllers.data.images import has_images, images_of, reference_of, with_column_images
 from controllers.data.messages import (
     MISSING,
     check_encodable,
@@ -37,6 +44,9 @@ LOGGER = logging.getLogger(__name__)
 RESERVED = ("prompt", "response", "finish_reason")
 """Parameters of a reward function that do not come from the dataset's columns."""
 
+BLIND = f"the model sees none; use one of {', '.join(FAMILIES)}"
+"""Why images are refused, and what to do."""
+
 GROUND_TRUTH = "reward_model.ground_truth"
 """The answer in verl's rows, which is read where the data has no column `answer`."""
 
@@ -49,9 +59,11 @@ class PromptTokenizer:
         tokenizer: PreTrainedTokenizerBase,
         config: DataConfig,
         images: ImageProcessor | None = None,
+        blind: str = BLIND,
     ) -> None:
-        """`images`: of a model that sees them."""
-        self.tokenizer, self.config, self.images = tokenizer, config, images
+        """`images`: of a model that sees them. `blind`: why images are refused where there is none, and
+        what to do."""
+        self.tokenizer, self.config, self.images, self.blind = tokenizer, config, images, blind
         self.template = settled_template(tokenizer, config)
         self.beginning = Beginning(tokenizer)
         self.tools_checked = False
@@ -87,12 +99,7 @@ class PromptTokenizer:
             check_text(row, column, prompt)
             if self.config.text_as_user_message:
                 return self.placed(row, [{"role": "user", "content": prompt}])
-            if self.images is not None and row.values.get(str(self.config.images_column)):
-                raise ValueError(
-                    f"{row.place}: {column!r} is text, and the row has images in "
-                    f"{self.config.images_column!r}; store prompts as messages, or set "
-                    "data.text_as_user_message=true"
-                )
+            self._check_text_alone(row)
             return prompt
         messages = check_messages(row, column, "data.prompt_column", what="text or ", value=prompt)
         if messages[-1]["role"] == "assistant":
@@ -102,16 +109,34 @@ class PromptTokenizer:
             )
         return self.placed(row, messages)
 
-    def placed(self, row: SourceRow, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with the images of data.images_column. A ValueError for images that the model
-        does not see."""
-        if self.images is not None:
-            return with_column_images(row, messages, self.config.images_column)
-        if images_of(messages):
+    def _check_text_alone(self, row: SourceRow) -> None:
+        """A ValueError where a prompt that is text has images in a column."""
+        if self.images is None:
+            self._check_unseen(row)
+        elif (images := column_images(row, self.config)).values:
             raise ValueError(
-                f"{row.place}: a message has an image, and the model sees none; use one of "
-                f"{', '.join(FAMILIES)}"
+                f"{row.place}: {self.config.prompt_column!r} is text, and the row has images in "
+                f"{images.name!r}; store prompts as messages, or set data.text_as_user_message=true"
             )
+
+    def _check_unseen(self, row: SourceRow) -> None:
+        """A ValueError where a column has images for a model that sees none."""
+        for images in every_column(row, self.config):
+            if looks_like_images(images, self.config):
+                raise ValueError(
+                    f"{row.place}: {images.name!r} has images, and {self.blind}, or set "
+                    "data.images_column=null to leave them out"
+                )
+
+    def placed(self, row: SourceRow, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with the images of their column. A ValueError for images that the model does
+        not see."""
+        if self.images is not None:
+            column = column_images(row, self.config)
+            return with_column_images(row, messages, column, usual=is_usual(self.config))
+        if has_images(messages):
+            raise ValueError(f"{row.place}: a message has an image, and {self.blind}")
+        self._check_unseen(row)
         return messages
 
     def template_arguments(self, row: SourceRow) -> dict[str, Any]:
@@ -158,7 +183,7 @@ class PromptTokenizer:
     def _with_images(self, row: SourceRow, messages: Any, text: str) -> str:
         """The template's text with the tokens of the images."""
         assert self.images is not None
-        references = [reference_of(stored) for stored in images_of(messages)]
+        references = [reference_of(stored, row.place) for stored in images_of(messages)]
         try:
             return self.images.expand(text, references)
         except ValueError as error:
@@ -218,7 +243,7 @@ def extras(row: SourceRow, config: DataConfig, *, sees_images: bool = False) -> 
     if names is None:
         used = [config.prompt_column, config.answer_column]
         if sees_images:
-            used.append(config.images_column)
+            used += image_columns(config)
         names = [name for name in values if name not in used]
     for name in names:
         if name not in values:

@@ -161,7 +161,7 @@ def test_broken_files_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
     (tmp_path / "bad.parquet").write_bytes(b"not parquet at all")
     (tmp_path / "empty.jsonl").write_text("\n")
     pq.write_table(
-        pa.Table.from_pylist([{"prompt": "a", "answer": "b", "image": b"\x00"}]),
+        pa.Table.from_pylist([{"prompt": "a", "answer": "b", "sound": b"\x00"}]),
         tmp_path / "bytes.parquet",
     )
     (tmp_path / "table.txt").write_text("prompt\n")
@@ -169,7 +169,7 @@ def test_broken_files_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
         ("latin.jsonl", "line 1: not UTF-8"),
         ("bad.parquet", "can't be read as parquet"),
         ("empty.jsonl", "has no rows"),
-        ("bytes.parquet", r"row 0.*'image' \(bytes\).*data\.columns"),
+        ("bytes.parquet", r"row 0.*'sound' \(bytes\).*data\.columns"),
         ("table.txt", "only .jsonl, .json, .parquet, .csv"),
         ("absent.parquet", "there is no such file"),
     ):

@@ -80,7 +80,7 @@ def test_a2_attention_that_cannot_be_packed_is_refused_before_anything_starts(
         (
             {"num_key_value_heads": 6, "intermediate_size": 320},
             3,
-            r"MLP of 320; use one of \[1, 2\]",
+            r"intermediate_size 320; use one of \[1, 2\]",
         ),
         ({"num_key_value_heads": 6}, 3, r"vocabulary, padded to 1024; use one of \[1, 2\]"),
         ({}, 4, r"6 attention heads; use one of \[1, 2\]"),

@@ -32,7 +32,8 @@ class ImageFamily:
     token_text: str
     """The token's text."""
     tower: tuple[str, ...]
-    """The parts of the model that are not its decoder."""
+    """The parts of the model that are not its decoder: the tower, and the projector that brings its
+    features to the decoder's width, where that is not inside the tower."""
     token_count: str = ""
     """The name of the number of tokens of every image in the model's configuration; empty where it
     depends on the image's size, and tokens have three positions: time, height and width."""

@@ -65,18 +65,9 @@ class ImageReference:
             return height, width
 
     def read(self) -> Image.Image:
-        """The image in RGB, upright, on white where it is transparent (as vLLM's server has it), with the
-        upper 8 of 16 bits. A ValueError names one that can't be read."""
-        from PIL import Image, ImageOps
-
+        """The image as a model is shown it (upright_rgb). A ValueError names one that can't be read."""
         with self._opened() as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(DEEP):  # Pillow cuts values above 255 off
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                ground = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(ground, image.convert("RGBA"))
-            return image.convert("RGB")
+            return upright_rgb(file)
 
     @contextmanager
     def _opened(self) -> Iterator[Image.Image]:
@@ -84,16 +75,9 @@ class ImageReference:
         from PIL import Image
 
         source = io.BytesIO(self.encoded) if self.encoded is not None else Path(str(self.path))
-        try:
-            with Image.open(source) as image:
-                if kind := RANGELESS.get(image.mode):
-                    raise ValueError(
-                        f"its pixels are {kind}, whose largest value is not known; save it with 8 or 16 bits"
-                    )
-                yield image
-        except (*DAMAGE, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{self} can't be read as an image: {reason}") from error
+        with explained(str(self)), Image.open(source) as image:
+            check_range(image)
+            yield image
 
     def _ends_well(self) -> bool:
         """Whether the last bytes are the end of a whole JPEG or PNG file."""
@@ -102,7 +86,7 @@ class ImageReference:
                 file.seek(-min(LAST_BYTES, file.seek(0, io.SEEK_END)), io.SEEK_END)
                 return file.read().endswith(ENDS)
         except OSError as error:
-            raise ValueError(f"{self} can't be read: {error}") from error
+            raise ValueError(_unreadable(str(self), error)) from error
 
     def _bytes(self) -> BinaryIO:
         if self.encoded is not None:
@@ -114,6 +98,58 @@ class ImageReference:
         if self.encoded is None:
             return f"{before}the image {self.path!r}"
         return f"{before}an image of {len(self.encoded)} bytes"
+
+
+class _WithFix(ValueError):
+    """Its message says what to do."""
+
+
+def check_range(image: Image.Image) -> None:
+    """A ValueError for pixels that have no largest value."""
+    if kind := RANGELESS.get(image.mode):
+        raise _WithFix(
+            f"its pixels are {kind}, whose largest value is not known; save it with 8 or 16 bits"
+        )
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, upright, on white where it is transparent (as vLLM's server has it), with the upper
+    8 of 16 bits."""
+    from PIL import Image, ImageOps
+
+    upright: Image.Image = ImageOps.exif_transpose(image)
+    if upright.mode.startswith(DEEP):  # Pillow cuts values above 255 off
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    if upright.has_transparency_data:
+        ground = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(ground, upright.convert("RGBA"))
+    return upright.convert("RGB")
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Within, an error of Pillow is a ValueError in one line, with the image's `name` and what to do."""
+    from PIL import Image
+
+    try:
+        yield
+    except (*DAMAGE, Image.DecompressionBombError) as error:
+        raise ValueError(_unreadable(name, error)) from error
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    from PIL import Image, UnidentifiedImageError
+
+    reason, fix = " ".join(str(error).split()), "replace the file, or remove the row"
+    if isinstance(error, UnidentifiedImageError):  # whose words have the file's name again
+        reason = "it is no image that Pillow knows"
+    elif isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    elif isinstance(error, Image.DecompressionBombError):
+        fix = "make it smaller, or remove the row"
+    elif isinstance(error, _WithFix):
+        return f"{name} can't be read as an image: {reason}"
+    return f"{name} can't be read as an image: {reason}; {fix}"
 
 
 @cache

@@ -3,6 +3,8 @@ config.json files."""
 
 from __future__ import annotations
 
+import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from hybridflow.mapping.question.latent import LatentAttention
@@ -82,7 +84,15 @@ def model_spec(name: str) -> ModelSpec:
         return MODELS[name]
     if Path(name).exists():
         return ModelSpec.from_directory(name)
+    meant = [other for other in MODELS if other == _short(name)]
+    meant = meant or get_close_matches(_short(name), MODELS, n=1)
+    did = f"did you mean {meant[0]}? " if meant else ""
     raise ValueError(
-        f"model {name!r} is neither a known shape ({', '.join(MODELS)}) nor a directory with a "
-        "config.json"
+        f"model {name!r} is neither a known shape nor a directory with a config.json; {did}"
+        f"known are {', '.join(MODELS)}"
     )
+
+
+def _short(name: str) -> str:
+    """A name of the hub as shapes are called: Qwen/Qwen2.5-7B-Instruct -> qwen2.5-7b."""
+    return re.sub(r"-(instruct|chat|base|it|hf)\b.*", "", name.rpartition("/")[2].lower())

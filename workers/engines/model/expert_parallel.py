@@ -33,6 +33,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from hybridflow.layout import Layout
 from hybridflow.resharding.shards import Box
+from hybridflow.wording import counted
 from workers.config import TrainConfig
 from workers.engines.model.tensor_parts import Parts, TensorPart
 
@@ -73,22 +74,23 @@ def check_expert_parallel(model: PretrainedConfig, config: TrainConfig, world_si
             f"{name}, but {model.model_type} has no experts that transformers stacks; set ep=1"
         )
     experts = min(vars(module)[COUNT] for module in modules.values())
-    if experts % config.ep:
-        sizes = [str(size) for size in range(1, experts + 1) if experts % size == 0]
-        raise ValueError(
-            f"{name}, which does not divide the {experts} experts of {model.model_type}; sizes that "
-            f"do: {', '.join(sizes)}"
-        )
     ranks = world_size // config.pp
-    if ranks % config.ep:
+    sizes = [size for size in range(config.tp, ranks + 1, config.tp) if ranks % size == 0]
+    sizes = [size for size in sizes if experts % size == 0]
+    fix = f"set ep to one of {', '.join(map(str, sizes))}" if sizes else "use other devices or tp"
+    if experts % config.ep:
         raise ValueError(
-            f"{name}, which does not divide the {ranks} devices of a pipeline stage; set ep to a "
-            "divisor of both"
+            f"{name}, which does not divide the {experts} experts of {model.model_type}; {fix}"
+        )
+    if ranks % config.ep:
+        has = "a pipeline stage has" if config.pp > 1 else "the model has"
+        raise ValueError(
+            f"{name}, and {has} {counted(ranks, 'devices')}, which it must divide; {fix}"
         )
     if config.ep % config.tp:
         raise ValueError(
             f"{name} with tp={config.tp}, which does not divide it: experts stay whole on a tensor "
-            "rank; set ep to a multiple of tp"
+            f"rank; {fix}"
         )
     if config.cp_by_length:
         raise ValueError(

@@ -69,7 +69,8 @@ def drop_tower(model: PreTrainedModel) -> None:
 
 
 def freeze_tower(model: PreTrainedModel) -> None:
-    """Train the decoder alone; nothing for a model without images."""
+    """Train the decoder and its head alone: neither the tower nor its projector. Nothing for a model
+    without images."""
     family = family_of(model.config)
     if family is not None:
         for name in family.tower:

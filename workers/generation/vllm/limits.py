@@ -6,6 +6,7 @@ are divided by tp) and of single models of its, read from its source.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -22,6 +23,18 @@ from workers.generation.vllm.build import installed_kind
 VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to it."""
 
+
+INNER_SIZES = (
+    "intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "intermediate_size_mlp",
+)
+"""The widths that vLLM divides, each of its MLPs and experts by itself."""
 
 UNSYNCED = {
     "apertus": "can't be built without its memory",
@@ -156,18 +169,22 @@ def why_not(sizes: Mapping[str, Any], tp: int) -> str:
         return f"{heads} attention heads"
     if kv_heads % tp and tp % kv_heads:
         return f"{kv_heads} key-value heads (neither divides the other)"
-    inner = inner_size(sizes)
-    if inner % tp:
-        return f"MLP of {inner}"
+    for name, inner in inner_sizes(sizes).items():
+        if inner % tp:
+            return f"{name} {inner}"
     padded = -(-sizes["vocab_size"] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     if padded % tp:
         return f"vocabulary, padded to {padded}"
     return ""
 
 
-def inner_size(sizes: Mapping[str, Any]) -> int:
-    """Width of the MLP; four times the model's where the family does not say."""
-    for name in ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"):
-        if isinstance(sizes.get(name), int):
-            return int(sizes[name])
-    return 4 * int(sizes["hidden_size"])
+def inner_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
+    """Widths of the MLPs and of the experts, by the names that the family has for them; four times the
+    model's where it does not say."""
+    found: dict[str, int] = {}
+    for name in INNER_SIZES:
+        value = sizes.get(name)
+        for width in value if isinstance(value, list) else [value]:
+            if isinstance(width, int) and width > 0:
+                found[name] = math.gcd(found.get(name, 0), width)
+    return found or {"MLP": 4 * int(sizes["hidden_size"])}
