@@ -235,13 +235,12 @@ def without_places(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     """The messages without where their images stand in the row, for comparisons."""
     bare = []
     for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            content = [
-                {**part, IMAGE: {**part[IMAGE], "place": ""}} if part.get(IMAGE) else part
-                for part in content
-            ]
-        bare.append({**message, "content": content})
+        parts = []
+        for part in parts_of(message):
+            if part.get(IMAGE):
+                part = {**part, IMAGE: {**part[IMAGE], "place": ""}}
+            parts.append(part)
+        bare.append({**message, "content": parts})
     return bare
 
 

@@ -153,7 +153,13 @@ def test_routes_are_those_of_one_process(
     ("ep", "world_size", "settings", "message"),
     [
         (3, 6, {}, "train.ep is 3, which does not divide the 8 experts of qwen3_moe"),
-        (4, 2, {}, "train.ep is 4, which does not divide the 2 devices of a pipeline stage"),
+        (4, 2, {}, "train.ep is 4, and the model has 2 devices, which .*; set ep to one of 1, 2"),
+        (
+            2,
+            1,
+            {},
+            "train.ep is 2, and the model has 1 device, which it must divide; set ep to one of 1",
+        ),
         (2, 8, {"tp": 4}, "train.ep is 2 with tp=4, which does not divide it"),
         (2, 4, {"cp": 2, "cp_by_length": True}, "train.ep is 2 with cp_by_length"),
     ],
