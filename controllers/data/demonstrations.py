@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
 from controllers.data.conversation import Answered, Conversation, ConversationTokenizer
+from controllers.data.image_column import image_columns
 from controllers.data.images import STORED
 from controllers.data.messages import roots, value_of
 from controllers.data.rows import Encode, RowDataset
@@ -37,7 +38,7 @@ class DemonstrationDataset(RowDataset):
         names = {config.messages_column}
         if config.messages_column is None:
             names = {config.prompt_column, config.response_column}
-        return roots({*names, config.tools_column, config.images_column})
+        return roots({*names, config.tools_column, *image_columns(config)})
 
     @classmethod
     def encoder(

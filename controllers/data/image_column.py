@@ -24,7 +24,7 @@ USUAL_COLUMN = "images"
 USUAL_COLUMNS = (USUAL_COLUMN, "image")
 """The columns that it stands for; rows of text alone have none of them."""
 OF_THE_HUB = {"bytes", "path"}
-"""What the hub's columns of images have."""
+"""The keys of an image in the columns of the hub."""
 
 
 def image_columns(config: DataConfig) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def column_images(row: SourceRow, config: DataConfig) -> ColumnImages:
 
 
 def every_column(row: SourceRow, config: DataConfig) -> list[ColumnImages]:
-    """What each of image_columns has in the row."""
+    """The images that each of image_columns has in the row."""
     columns = []
     for name in image_columns(config):
         value = find_value(row.values, name)

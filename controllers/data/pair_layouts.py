@@ -79,7 +79,7 @@ def _behind_the_prompt(
     prompt = text_or_messages(find_value(row.values, config.prompt_column))
     if isinstance(prompt, list) and prompt:
         before = check_messages(row, config.prompt_column, "data.prompt_column", value=prompt)
-        if messages[: len(before)] == before:
+        if without_places(messages[: len(before)]) == without_places(before):
             return messages
         if messages[0]["role"] == "assistant":
             return before + messages

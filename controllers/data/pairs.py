@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from controllers.data.config import DataConfig
 from controllers.data.conversation import Answered, Conversation, ConversationTokenizer
 from controllers.data.demonstrations import stored_images
+from controllers.data.image_column import image_columns
 from controllers.data.messages import roots, value_of
 from controllers.data.pair_layouts import Unusable, with_prompt
 from controllers.data.rows import Encode, RowDataset
@@ -95,7 +96,7 @@ class PairDataset(RowDataset):
     @classmethod
     def columns_read(cls, config: DataConfig, row: SourceRow) -> set[str]:
         pair = {config.prompt_column, config.chosen_column, config.rejected_column}
-        return roots({*pair, config.tools_column, config.images_column})
+        return roots({*pair, config.tools_column, *image_columns(config)})
 
     @classmethod
     def labels(cls, row: SourceRow, config: DataConfig) -> dict[str, Any]:
