@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.engines.threed_cases import TEMPERATURE, VOCABULARY, loss_fn
@@ -67,20 +67,62 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Settings beyond the common ones; Qwen3-MoE has a dense layer in the middle, DeepSeek-V3 one at the
 start, shared experts, groups and a bias of the choice; GPT-OSS has experts with biases, and attention
 sinks."""
-ROUTERS = (".mlp.gate", ".mlp.router")
+OTHER_ROUTERS: dict[str, dict[str, Any]] = {
+    "granitemoe": {"num_local_experts": EXPERTS},
+    "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": CHOSEN, "head_dim": 8},
+    "afmoe": {
+        "num_experts": EXPERTS,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 32,
+        "head_dim": 8,
+        "sliding_window": 8,
+    },
+    "llama4_text": {
+        "num_local_experts": EXPERTS,
+        "intermediate_size_mlp": 32,
+        "head_dim": 8,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 64,
+    },
+    "minimax_m2": {"num_local_experts": EXPERTS, "head_dim": 8, "rotary_dim": 8},
+    "lfm2_moe": {
+        "num_experts": EXPERTS,
+        "moe_intermediate_size": 32,
+        "layer_types": ["full_attention"] * 3,
+    },
+    "cohere2_moe": {"num_experts": EXPERTS, "head_dim": 8, "expert_selection_fn": "sigmoid"},
+    "gemma4_text": {
+        "num_experts": EXPERTS,
+        "top_k_experts": CHOSEN,
+        "moe_intermediate_size": 32,
+        "enable_moe_block": True,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+    },
+}
+"""Families whose routers return something else, score otherwise, or keep their matrix in a module
+within."""
+ROUTERS = (".gate", ".router")
 """Ends of the names of routers."""
+SIGMOIDS = ("deepseek_v3", "afmoe", "llama4_text", "minimax_m2", "lfm2_moe", "cohere2_moe")
+"""Families whose routers score by a sigmoid."""
 OPTIMIZER = OptimizerConfig(learning_rate=5e-3, clip_grad_norm=0.5, epsilon=1e-3)
 
 
 def save_tiny_mixture(directory: Path, family: str, **settings: Any) -> Path:
     """A random model of `family` with routers that are far from even."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **settings})
+    config = AutoConfig.for_model(
+        family, **{**COMMON, **(FAMILIES | OTHER_ROUTERS)[family], **settings}
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "inv_freq" not in name:
-                router = name.endswith(tuple(f"{end}.weight" for end in ROUTERS))
+                router = any(f"{end}." in name for end in ROUTERS)
                 size = 0.5 if router or "e_score" in name else 0.05
                 tensor.add_(torch.randn_like(tensor), alpha=size)
     model.save_pretrained(directory)
@@ -99,15 +141,23 @@ def observed(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, Tensor]]]:
     seen: list[tuple[Tensor, Tensor]] = []
     handles = []
     for name, module in model.named_modules():
-        if name.endswith(ROUTERS):
+        if name.endswith(ROUTERS) and type(module) is not nn.Linear:
             handles.append(
-                module.register_forward_hook(lambda _, args, out: seen.append((out[0], out[2])))
+                module.register_forward_hook(lambda _, args, out: seen.append(choice_of(out)))
             )
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def choice_of(outputs: Any) -> tuple[Tensor, Tensor]:
+    """(logits, experts) of what a router returned."""
+    if len(outputs) == 2:  # Llama 4: scores of all experts, logits
+        return outputs[1], outputs[0].topk(CHOSEN).indices
+    first, _, last = outputs
+    return (first, last) if first.is_floating_point() else (last, first)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -189,7 +239,9 @@ def _step(
 
 
 def probabilities(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    if model.config.model_type != "deepseek_v3":
+    if model.config.model_type == "gemma4_text":
+        return logits
+    if model.config.model_type not in SIGMOIDS:
         return logits.softmax(-1)
     scores = logits.sigmoid()
     return scores / scores.sum(-1, keepdim=True)

@@ -29,13 +29,8 @@ from hybridflow.layout import Layout
 from workers.config import ModelConfig, Precision
 from workers.engines.base import Head
 from workers.engines.model.loading import language_model_class, position_limit, stored_buffers
-from workers.engines.model.routers import (
-    REPLAYS,
-    Routers,
-    check_declared,
-    experts_per_token,
-    find_routers,
-)
+from workers.engines.model.router import find_routers
+from workers.engines.model.routers import REPLAYS, Routers, check_declared, experts_per_token
 from workers.engines.model.scored import decoder_layers
 from workers.engines.model.vision import ImageInputs, place_images
 from workers.generation import other_engines

@@ -17,7 +17,7 @@ def check_layers(model: PretrainedConfig, config: TrainConfig) -> None:
     """ValueError for settings of the layers that do not go together, or not with `model`, and for a
     model whose routers can't choose their experts."""
     check_choice(model)
-    if config.compile and model.get_text_config().to_dict().get("num_experts_per_tok"):
+    if config.compile and getattr(model.get_text_config(), "num_experts_per_tok", None):
         raise ValueError(
             f"train.compile is true, but {model.model_type} is a mixture of experts, whose tokens go "
             "where the data says; set compile=false"

@@ -9,8 +9,7 @@ loss that makes them.
         ...                                          # backward passes have the auxiliary loss
     metrics = load.metrics()
 
-A router is what transformers declares to return (logits, weights, experts) for every token. The
-auxiliary loss enters through the gradient of the weights, so that a pipeline stage needs no loss of
+The auxiliary loss enters through the gradient of the weights, so that a pipeline stage needs no loss of
 its own, and its factor is that of the whole mini-batch, so that it does not depend on the cut.
 """
 
@@ -26,19 +25,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.utils.output_capturing import OutputRecorder
+from transformers import AutoModel, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from workers.engines.model.expert_parallel import find_experts
+from workers.engines.model.router import Choice, Router, Watch, find_routers
 from workers.engines.model.routing import Routing
 
-LOGITS = "router_logits"
-"""transformers' name for what routers return first."""
 REPLAYS = "actor.router_replay is set"
-WEIGHT = "weight"
-"""A router's parameter [experts, hidden]."""
-SIGMOID_BIAS = "e_score_correction_bias"
-"""Routers that have it (DeepSeek-V3, GLM-4) score by a sigmoid, others by a softmax."""
 
 
 @dataclass(slots=True)
@@ -128,7 +122,7 @@ class Routers:
     runs some.
     """
 
-    def __init__(self, routers: Mapping[str, nn.Module], layers: Sequence[nn.Module]) -> None:
+    def __init__(self, routers: Mapping[str, Router], layers: Sequence[nn.Module]) -> None:
         """`layers`: the decoder layers, whose keyword arguments have the Routing."""
         self.names = list(routers)
         self.num_experts = 0
@@ -139,8 +133,8 @@ class Routers:
         self._routing: Routing | None = None
         """That of the decoder layer that runs."""
         for index, router in enumerate(routers.values()):
-            self.num_experts = max(self.num_experts, num_experts(router))
-            router.forward = self._observed(index, router)  # type: ignore[method-assign]
+            self.num_experts = max(self.num_experts, router.num_experts)
+            router.module.forward = self._observed(index, router)  # type: ignore[method-assign]
         for layer in layers:
             layer.register_forward_pre_hook(self._enter, with_kwargs=True)
 
@@ -180,43 +174,26 @@ class Routers:
     def _enter(self, _layer: nn.Module, _arguments: Any, keywords: dict[str, Any]) -> None:
         self._routing = keywords.get("routing")
 
-    def _observed(self, index: int, router: nn.Module) -> Callable[..., Any]:
-        plain = router.forward
+    def _observed(self, index: int, router: Router) -> Callable[..., Any]:
+        plain = router.module.forward
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
             routing = self._routing
             if routing is None:
                 return plain(*arguments, **keywords)
-            native = None
-            if routing.routes is None:
-                outputs = plain(*arguments, **keywords)
-            else:
-                replay = Replay(routing.routes[:, index].long(), self.num_experts)
-                with replay:
-                    outputs = plain(*arguments, **keywords)
-                native = replay.checked(self.names[index])
-            if len(outputs) != 3:
-                return outputs
-            logits, weights, experts = outputs
+            routes = None if routing.routes is None else routing.routes[:, index].long()
+            choice = router.choose(plain, arguments, keywords, routes, self.names[index])
             if self._records:
-                routing.chosen[index] = experts.detach().to(torch.int16)
-            weights = self._passed(index, router, logits, weights, experts, native)
-            return logits, weights, experts
+                routing.chosen[index] = choice.experts.detach().to(torch.int16)
+            return choice.with_weights(self._passed(index, router, choice))
 
         return forward
 
-    def _passed(
-        self,
-        index: int,
-        router: nn.Module,
-        logits: Tensor,
-        weights: Tensor,
-        experts: Tensor,
-        native: Tensor | None,
-    ) -> Tensor:
+    def _passed(self, index: int, router: Router, choice: Choice) -> Tensor:
         """The weights, with the auxiliary loss in their gradient."""
         routing, count = self._routing, self._count
         assert routing is not None
+        logits, experts = choice.logits, choice.experts
         row_counts = routing.row_counts.to(logits.device)
         assert len(row_counts) == len(logits), "the router has other tokens than the micro-batch"
         if count is not None and index not in routing.seen:
@@ -226,54 +203,17 @@ class Routers:
                 each = row_counts[:, None].expand(experts.shape).reshape(-1)
                 count.tokens[index] += row_counts.sum()
                 count.chosen[index].index_add_(0, experts.reshape(-1), each)
-                count.probability[index] += row_counts @ probabilities(router, logits).double()
-                if native is not None and routing.routes is not None:
+                count.probability[index] += row_counts @ router.probabilities(logits).double()
+                if choice.native is not None and routing.routes is not None:
                     replayed = routing.routes[:, index, 0] >= 0
-                    same = (native.sort(-1).values == experts.sort(-1).values).all(-1)
+                    same = (choice.native.sort(-1).values == experts.sort(-1).values).all(-1)
                     count.replayed[index] += row_counts @ replayed.double()
                     count.agreed[index] += row_counts @ (replayed & same).double()
         if self._factors is None:
-            return weights
-        loss = row_counts.float() @ (probabilities(router, logits) @ self._factors[index])
-        attached: Tensor = _WithLoss.apply(weights, loss)
+            return choice.weights
+        loss = row_counts.float() @ (router.probabilities(logits) @ self._factors[index])
+        attached: Tensor = _WithLoss.apply(choice.weights, loss)
         return attached
-
-
-class Replay(TorchFunctionMode):
-    """Within, a router's choice of experts is the given one, and its weights are the router's own
-    scores of those experts, through which gradients flow.
-
-    A router ends in topk over all experts; the choice of groups of experts before it, which has
-    other sizes, has no say then.
-    """
-
-    def __init__(self, routes: Tensor, num_experts: int) -> None:
-        """`routes`: int64 [tokens, experts per token], -1 where the router decides."""
-        super().__init__()
-        self._routes, self._num_experts = routes, num_experts
-        self._native: Tensor | None = None
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function not in (torch.topk, Tensor.topk) or result.indices.shape != self._routes.shape:
-            return result
-        scores = args[0] if args else (kwargs or {})["input"]
-        if scores.shape[-1] != self._num_experts:
-            return result
-        self._native = result.indices
-        experts = torch.where(self._routes >= 0, self._routes, result.indices)
-        return torch.return_types.topk((scores.gather(-1, experts), experts))
-
-    def checked(self, name: str) -> Tensor:
-        """int64 [tokens, experts per token]: the router's own choice."""
-        if self._native is None:
-            raise ValueError(
-                f"actor.router_replay: the router {name} does not choose its experts by topk over "
-                f"all {self._num_experts} of them; set it to off"
-            )
-        return self._native
 
 
 class _WithLoss(torch.autograd.Function):
@@ -287,18 +227,6 @@ class _WithLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         (gradient,) = gradients
         return gradient, torch.ones((), device=gradient.device)
-
-
-def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The routers by name, as transformers declares them; the model may be on meta."""
-    recorder = (model._can_record_outputs or {}).get(LOGITS)
-    routers: dict[str, nn.Module] = {}
-    if isinstance(recorder, OutputRecorder) and recorder.index == 0:
-        for name, module in model.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            if isinstance(module, recorder.target_class) and WEIGHT in own:
-                routers[name] = module
-    return routers
 
 
 def check_routers(config: PretrainedConfig, coefficient: float) -> None:
@@ -327,29 +255,34 @@ def check_replays(config: PretrainedConfig, setting: str) -> None:
     weights."""
     check_declared(config, setting)
     with torch.device("meta"), torch.no_grad():
-        model = AutoModel.from_config(copy.deepcopy(config)).eval()
+        model = AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+        for experts in find_experts(model).values():
+            experts.forward = lambda hidden, *_: torch.zeros_like(hidden)  # type: ignore[method-assign]
         for name, router in find_routers(model).items():
             routes = torch.zeros(1, experts_per_token(config), dtype=torch.int64)
-            weight = router.get_parameter(WEIGHT)
-            replay = Replay(routes, num_experts(router))
-            with replay:
-                router(torch.zeros(1, weight.shape[1], dtype=weight.dtype))
-            replay.checked(name)
+            watch = Watch(router.num_experts, routes)
+            # Some are given a bias by the block that has them, if that is not the layer.
+            block = model.get_submodule(name.rpartition(".")[0])
+            tokens = torch.zeros(1, router.hidden_size)
+            with watch:
+                if isinstance(block, GradientCheckpointingLayer):
+                    router.module(tokens)
+                else:
+                    block(tokens[None])
+            watch.checked(name)
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
     """How many experts a token goes to in each layer that has them."""
-    return int(config.get_text_config().num_experts_per_tok)
-
-
-def num_experts(router: nn.Module) -> int:
-    """How many experts a router chooses from: the rows of its weight."""
-    return int(router.get_parameter(WEIGHT).shape[0])
-
-
-def probabilities(router: nn.Module, logits: Tensor) -> Tensor:
-    """float32 [tokens, experts]: the router's scores, which add up to 1 for every token."""
-    if SIGMOID_BIAS in dict(router.named_buffers(recurse=False)):
-        scores = logits.float().sigmoid()
-        return scores / scores.sum(-1, keepdim=True)
-    return logits.float().softmax(-1)
+    text = config.get_text_config()
+    chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None)
+    numbers = (
+        set(chosen) if isinstance(chosen, list) else {chosen}
+    )  # Hunyuan's may have one a layer
+    (number, *others) = numbers
+    if others or number is None:
+        raise ValueError(
+            f"{config.model_type}: layers send a token to {chosen} experts; routes are recorded of models "
+            "whose layers choose equally many"
+        )
+    return int(number)

@@ -21,7 +21,8 @@ from workers.engines.base import Head
 from workers.engines.model.log_probs import TokenScorer, head_log_probs, logits_tail
 from workers.engines.model.packing import Packing
 from workers.engines.model.rotary import follow_row_lengths
-from workers.engines.model.routers import Routers, find_routers
+from workers.engines.model.router import find_routers
+from workers.engines.model.routers import Routers
 from workers.engines.model.routing import Routing
 from workers.engines.model.split_plan import bounds
 from workers.engines.model.tower import decoder_of

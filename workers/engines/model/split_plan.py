@@ -28,7 +28,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
 from workers.engines.model.expert_parallel import find_experts
-from workers.engines.model.routers import find_routers
+from workers.engines.model.router import router_modules
 from workers.engines.model.tower import decoder_of
 from workers.images import family_of
 
@@ -219,7 +219,7 @@ def split_plan(model: PreTrainedModel, *, divides_experts: bool = False) -> Spli
     by_token: dict[str, Kind] = {}
     if divides_experts:
         by_token = dict.fromkeys(find_experts(model), Kind.experts)
-        by_token |= dict.fromkeys(find_routers(model), Kind.replicated)
+        by_token |= dict.fromkeys(router_modules(model), Kind.replicated)
     config, base, decoder = model.config, model.base_model, decoder_of(model)
     entries, stages = tensor_plan(config), pipeline_plan(config)
     if not stages:

@@ -31,7 +31,7 @@ from workers.engines.model.context_parallel import cut_row, gather_reads, least_
 from workers.engines.model.loading import standard_sizes
 from workers.engines.model.packing import Packing
 from workers.engines.model.rotary import depends_on_length
-from workers.engines.model.routers import find_routers
+from workers.engines.model.router import find_routers
 from workers.engines.model.routing import Routing, routing_of
 from workers.engines.model.vision import ImageInputs, SeenImages
 from workers.engines.shared.rows_together import cut, pack, pack_prompts, prompts_of, units
