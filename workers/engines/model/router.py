@@ -12,6 +12,7 @@ are weights and experts of every token, in either order, or the weights of all e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -40,7 +41,7 @@ class Scores(Enum):
 
 @dataclass(slots=True)
 class Choice:
-    """What a router returned for the tokens of a micro-batch."""
+    """A router's outputs for the tokens of a micro-batch."""
 
     outputs: list[Tensor]
     logits: Tensor
@@ -54,7 +55,8 @@ class Choice:
 
     def with_weights(self, weights: Tensor) -> tuple[Tensor, ...]:
         """The outputs with other weights."""
-        return tuple(weights if output is self.weights else output for output in self.outputs)
+        place = next(at for at, output in enumerate(self.outputs) if output is self.weights)
+        return (*self.outputs[:place], weights, *self.outputs[place + 1 :])
 
 
 class Router:
@@ -69,6 +71,8 @@ class Router:
         self._logits_at = logits_at
         self._scores: Scores | None = None
         """None before the first pass, which shows it."""
+        self._weighs_all = False
+        """Whether the weights are those of all experts, so that its choice has to be watched."""
 
     def choose(
         self,
@@ -81,28 +85,19 @@ class Router:
         """Runs the router, which sends tokens where `routes` says (int64 [tokens, experts per token], -1
         where it decides); ValueError with its `name` if it can't be told."""
         watch = Watch(self.num_experts, routes)
-        if routes is None and self._scores is not None and not self._weighs_all:
+        is_watched = routes is not None or self._scores is None or self._weighs_all
+        with watch if is_watched else nullcontext():
             outputs = list(plain(*arguments, **keywords))
-        else:
-            with watch:
-                outputs = list(plain(*arguments, **keywords))
         logits = outputs[self._logits_at]
         if self._scores is None:
-            self._weighs_all = len(outputs) == 2
-            self._scores = watch.scores_of(logits)
+            self._scores, self._weighs_all = watch.scores_of(logits), len(outputs) == 2
         native = None if routes is None else watch.checked(name)
-        rest = [output for output in outputs if output is not logits]
+        others = [output for output in outputs if output is not logits]
         if self._weighs_all:
-            (weights,) = rest
-            watch.checked(name)
-            experts = watch.experts
-            assert experts is not None
+            (weights,), experts = others, watch.chosen(name)
         else:
-            weights, experts = sorted(rest, key=lambda output: not output.is_floating_point())
+            weights, experts = sorted(others, key=lambda output: not output.is_floating_point())
         return Choice(outputs, logits, weights, experts, native)
-
-    _weighs_all = False
-    """Whether the weights are those of all experts, so that the choice has to be watched."""
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """float32 [tokens, experts]: the scores, which add up to 1 for every token."""
@@ -130,8 +125,7 @@ class Watch(TorchFunctionMode):
         self._softmaxes: list[Tensor] = []
         self._has_sigmoid = False
         self._native: Tensor | None = None
-        self.experts: Tensor | None = None
-        """int64 [tokens, experts per token]: the choice; None before, or if there was no topk."""
+        self._chosen: Tensor | None = None
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -146,18 +140,24 @@ class Watch(TorchFunctionMode):
         if scores.shape[-1] != self._num_experts:
             return result
         if self._routes is None:
-            self._native = self.experts = result.indices
+            self._native = self._chosen = result.indices
             return result
         if result.indices.shape != self._routes.shape:
             return result
         self._native = result.indices
-        self.experts = torch.where(self._routes >= 0, self._routes, result.indices)
-        return torch.return_types.topk((scores.gather(-1, self.experts), self.experts))
+        self._chosen = torch.where(self._routes >= 0, self._routes, result.indices)
+        return torch.return_types.topk((scores.gather(-1, self._chosen), self._chosen))
 
     def scores_of(self, logits: Tensor) -> Scores:
         if any(logits is scores for scores in self._softmaxes):
             return Scores.given
         return Scores.sigmoid if self._has_sigmoid else Scores.softmax
+
+    def chosen(self, name: str) -> Tensor:
+        """int64 [tokens, experts per token]: where the tokens are sent."""
+        self.checked(name)
+        assert self._chosen is not None
+        return self._chosen
 
     def checked(self, name: str) -> Tensor:
         """int64 [tokens, experts per token]: the router's own choice."""
