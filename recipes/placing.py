@@ -26,6 +26,9 @@ from recipes.checks import (
 )
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
 from recipes.roles import GENERATION, Role, role_kind, role_names
+from workers.config import ModelConfig
+from workers.engines.model import fit
+from workers.engines.model.loading import check_weights
 from workers.generation import generation_engine_class
 from workers.split_actor import SplitTrainingWorker
 from workers.weight_files import check_weight_files
@@ -150,6 +153,26 @@ def check_models(placement: Placement) -> None:
             check_model(
                 role.name, role.config, role_kind(role.name).head, placement.pool_sizes[role.pool]
             )
+            if role.config.model is not None:
+                _check_weights(role.name, role.config.model)
+
+
+def without_weights(placement: Placement) -> list[str]:
+    """A line for every role whose model's directory has none; dry_run=true needs none."""
+    lines = []
+    for role in placement.roles:
+        if role.name != GENERATION and role.config.model is not None:
+            line = fit.without_weights(role.config.model)
+            if line:
+                lines.append(f"{role.name}: {line}")
+    return lines
+
+
+def _check_weights(role: str, model: ModelConfig) -> None:
+    try:
+        check_weights(model, role_kind(role).head)
+    except ValueError as error:
+        raise ValueError(f"{role}: {error}") from None
 
 
 def placeholder_roles(placement: Placement, placed: Container[str]) -> dict[str, Any]:

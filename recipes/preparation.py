@@ -36,7 +36,14 @@ from recipes.forecast import forecast, verdict
 from recipes.generation_lengths import with_generation_lengths
 from recipes.images import check_images
 from recipes.mapping_settings import MapperInputs, apply_mapping
-from recipes.placing import Placement, check_models, place, placeholder_roles, placement_report
+from recipes.placing import (
+    Placement,
+    check_models,
+    place,
+    placeholder_roles,
+    placement_report,
+    without_weights,
+)
 from recipes.roles import GENERATION, role_kind
 from recipes.same_run import check_same_run
 from recipes.schedules import with_schedules
@@ -274,6 +281,8 @@ def dry_run_report(prepared: Preparation) -> str:
     report = placement_report(placement, prepared.dataflow)
     if prepared.precision_line:
         report += f"\n  {prepared.precision_line}"
+    for line in without_weights(placement):
+        report += f"\n  a run would end: {line}"
     if prepared.mapping is not None:
         return f"{report}\n\n{mapping_report(prepared.mapping)}"
     if prepared.mapper_inputs is not None:

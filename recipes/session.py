@@ -50,7 +50,7 @@ from recipes.config import Device, RunConfig
 from recipes.environment import environment
 from recipes.machines import connect_cluster, nodes_of, start_all_pools
 from recipes.path_settings import make_directory
-from recipes.placing import Placement, placeholder_roles
+from recipes.placing import Placement, placeholder_roles, without_weights
 from recipes.preparation import Preparation
 from recipes.roles import GENERATION, role_kind
 from recipes.same_run import checkpoint_store, run_settings
@@ -139,6 +139,8 @@ class Session:
     def _start(self) -> None:
         prepared, placement, config = self.prepared, self.placement, self.config
         tracker, memory, attempt, first_step = None, None, None, -1
+        for line in without_weights(placement):
+            raise ValueError(line)
         trains = config.algorithm.name not in QUESTIONS
         make_directory(self.directory, "output_dir")
         if trains:

@@ -27,6 +27,13 @@ fits its settings: everything that is refused is refused there, in one line.
   layers can't be told where the sequences of a packed row begin.
 - **Critics and reward models** of a family for which transformers has no sequence classifier are
   its decoder with a linear head, under the class name that transformers would give it.
+- **Directories.** Names and shapes of all weights are held against `config.json` before anything
+  is loaded, by transformers' rules (prefixes, tied weights, stacked experts, safetensors or
+  `pytorch_model.bin`). What is missing, unknown or of another shape is refused by name, and so are
+  quantized weights, adapters in place of a model, GGUF files, two embeddings where
+  `tie_word_embeddings` is true.
+- **Score heads** are `score.weight`, one label; heads of other names (TRL's `v_head.summary`) or of
+  several labels are refused: transformers would draw a new one at random.
 - **Lengths.** `actor.generation.max_model_len` is the longest prompt with `max_response_tokens`,
   and the key/value cache of a CPU what the rows of a step need, unless you set them.
 - **Images.** Prompts of families marked *images* have up to two ([images.md](images.md)).

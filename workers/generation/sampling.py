@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from workers.config import ModelConfig
 from workers.generation.config import SamplingConfig
+from workers.published import read_config
 from workers.text import endings
 
 LOGGER = logging.getLogger(__name__)
@@ -112,10 +113,7 @@ def first_positions(num_rows: int, positions: NDArray[np.int64] | None) -> NDArr
 
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """The Hugging Face config of the text model."""
-    config = AutoConfig.from_pretrained(
-        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    return config.get_text_config()
+    return read_config(model).get_text_config()
 
 
 def end_token_ids(model: ModelConfig, config: PretrainedConfig) -> tuple[int, ...]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from workers.config import ModelConfig
-from workers.hub import check_reachable
+from workers.published import read_config
 
 QWEN_IMAGE = "<|image_pad|>"
 GEMMA_BEGIN, GEMMA_IMAGE, GEMMA_END = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
@@ -103,12 +102,7 @@ def sees_images(model: ModelConfig) -> bool:
 
 def published_config(model: ModelConfig) -> PretrainedConfig:
     """The checkpoint's configuration, that of its vision tower included."""
-    check_reachable(model.path, model.revision)
-    config: Any = AutoConfig.from_pretrained(
-        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    assert isinstance(config, PretrainedConfig)
-    return config
+    return read_config(model)
 
 
 def image_token_id(config: PretrainedConfig, family: ImageFamily) -> int:

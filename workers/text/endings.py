@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from workers.config import ModelConfig
-from workers.hub import check_reachable
+from workers.published import read_config
 from workers.tokenizer import load_tokenizer
 
 LOGGER = logging.getLogger(__name__)
@@ -76,10 +76,7 @@ def end_token_ids(
 def _config(model: ModelConfig) -> PretrainedConfig | None:
     """The model's configuration; None for the directory of a tokenizer alone."""
     try:
-        check_reachable(model.path, model.revision)
-        return AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        return read_config(model)
     except (OSError, ValueError):
         return None
 

@@ -21,7 +21,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
@@ -49,12 +48,20 @@ from workers.engines.model.attention import (
     check_shares_rows,
     use_sequence_attention,
 )
+from workers.engines.model.fit import (
+    Found,
+    check_files,
+    check_tied,
+    has_files,
+    judge,
+    no_score_head,
+)
 from workers.engines.model.peft_files import is_adapter
 from workers.engines.model.scored import score_head
 from workers.engines.model.tensor_parts import Parts
-from workers.hub import check_reachable
 from workers.images import family_of
 from workers.images.families import FAMILIES
+from workers.published import MISFITS, in_a_line, read_config
 from workers.quiet import quiet
 from workers.weight_files import check_weight_files
 
@@ -64,6 +71,11 @@ attention.py."""
 UNLIMITED = 2**31 - 1
 """position_limit() of a model that has none."""
 NEW_HEAD_STD = 0.02
+FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json")
+GGUF_FIX = (
+    ", which transformers makes of this one: AutoModelForCausalLM.from_pretrained(directory, "
+    "gguf_file=name).save_pretrained(...), and AutoTokenizer alike"
+)
 LANGUAGE_MODELS = ("ForCausalLM", "ForConditionalGeneration")
 """The ends of the names of classes without a score head."""
 DTYPES = {
@@ -224,7 +236,7 @@ def load_pretrained(config: ModelConfig, head: Head, seed: int = 0) -> PreTraine
     check_whole_numbers(config, hf_config)
     check_weight_files(config.path, "model.path")
     try:
-        # What is missing and unused is judged by _check_keys.
+        # What is missing, unused or of another shape is judged in fit.py.
         with activity(f"loading the weights of {config.path}"), quiet():
             model, info = _auto_class(head, hf_config).from_pretrained(
                 config.path,
@@ -234,12 +246,15 @@ def load_pretrained(config: ModelConfig, head: Head, seed: int = 0) -> PreTraine
                 dtype=torch.float32,
                 attn_implementation=_attention(config),
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     except (OSError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(
             f"model.path is {config.path!r}: its weights cannot be loaded; {error}"
         ) from error
-    _check_keys(config, head, model, info, seed)
+    if judge(config, head, model, Found.of(info)):
+        _initialize_score(score_head(model), seed)
+    check_tied(config, model)
     return model
 
 
@@ -254,6 +269,11 @@ def build_on_meta(config: ModelConfig, head: Head) -> PreTrainedModel:
                 attn_implementation=_attention(config),
                 trust_remote_code=config.trust_remote_code,
             )
+    except MISFITS as error:
+        raise ValueError(
+            f"model.path is {config.path!r}: transformers can't build the model of its config.json; "
+            f"{in_a_line(error)}"
+        ) from error
     except ImportError as error:
         raise ValueError(
             f"model.path is {config.path!r} with model.attention={config.attention}: it needs a package "
@@ -274,6 +294,13 @@ def check_whole_numbers(config: ModelConfig, published: PretrainedConfig) -> Non
         )
 
 
+def check_weights(config: ModelConfig, head: Head) -> None:
+    """ValueError for files whose weights are not those of the model; none are loaded. Quantized ones
+    are for engines that read them."""
+    if not model_config(config, head).to_dict().get("quantization_config"):
+        check_files(config, head, build_on_meta(config, head))
+
+
 def check_packing(config: ModelConfig, head: Head, cp: int = 1) -> None:
     """ValueError for a model whose attention can't keep the sequences of a packed row apart, or can't
     work on the parts of a row that `cp` ranks share."""
@@ -286,7 +313,6 @@ def check_packing(config: ModelConfig, head: Head, cp: int = 1) -> None:
 
 def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
     """The checkpoint's configuration; ValueError if it is not that of a causal language model."""
-    labels = {} if head is Head.lm else {"num_labels": 1}
     if is_adapter(config.path):
         raise ValueError(
             f"model.path is {config.path!r}: the directory of an adapter; set model.path to its base "
@@ -295,14 +321,18 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
     if config.path == "???":
         raise ValueError("model.path is not set; give a Hugging Face directory or a hub name")
     try:
-        check_reachable(config.path, config.revision)
-        hf_config = AutoConfig.from_pretrained(
-            config.path,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            **labels,
-        )
+        hf_config = read_config(config)
     except (OSError, ValueError) as error:
+        if config.path.endswith(FILES):
+            raise ValueError(
+                f"model.path is {config.path!r}, a file; give the directory of a Hugging Face model"
+                + (GGUF_FIX if config.path.endswith(".gguf") else "")
+            ) from error
+        if (Path(config.path) / "config.json").is_file():
+            raise ValueError(
+                f"model.path is {config.path!r}: transformers can't read its config.json; "
+                f"{' '.join(str(error).split())}"
+            ) from error
         # The hub's remarks on how names are written help nobody who gave a directory.
         missing = Path(config.path).is_absolute() and not Path(config.path).exists()
         why = "there is no such directory" if missing else str(error)
@@ -325,11 +355,14 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
             "model; use one that is"
         )
     if head is not Head.lm:
+        hf_config.num_labels = 1  # the names of a single label stay
+        hf_config.problem_type = None
         add_classifier(hf_config)
     if (
         head is Head.score
         and not config.new_head
         and any(name.endswith(LANGUAGE_MODELS) for name in hf_config.architectures or ())
+        and not has_files(Path(config.path))  # whose entries say more
     ):
         raise ValueError(no_score_head(config))
     return hf_config
@@ -362,14 +395,6 @@ def saved_dtype(model: ModelConfig, config: PretrainedConfig) -> torch.dtype:
     if published in DTYPES.values():
         return published
     return torch.float32  # float64, or a quantized kind
-
-
-def no_score_head(config: ModelConfig) -> str:
-    return (
-        f"model.path is {config.path!r}: a language model without a score head, whose scores "
-        "would mean nothing; train one from it with python -m recipes.reward_model and give that "
-        "directory"
-    )
 
 
 def _attention(config: ModelConfig) -> str | None:
@@ -414,28 +439,6 @@ def language_model_class(config: PretrainedConfig) -> Any:
     if family_of(config) is not None:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
-
-
-def _check_keys(
-    config: ModelConfig, head: Head, model: PreTrainedModel, info: dict[str, list[str]], seed: int
-) -> None:
-    """Every weight must come from the checkpoint and every weight of the checkpoint be used,
-    save the head that is exchanged."""
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    if head is not Head.lm and missing and all(key.startswith("score.") for key in missing):
-        # A causal LM becomes a critic or a reward model: its output embedding is not needed, and
-        # the head is new.
-        if head is Head.score and not config.new_head:
-            raise ValueError(no_score_head(config))
-        missing = []
-        unexpected = [key for key in unexpected if key.startswith(f"{model.base_model_prefix}.")]
-        _initialize_score(score_head(model), seed)
-    if missing or unexpected:
-        raise ValueError(
-            f"model.path is {config.path!r}: the weights do not fit {type(model).__name__} (head "
-            f"{head.value}): missing {missing[:5]}, unexpected {unexpected[:5]}; use a checkpoint "
-            "of that architecture"
-        )
 
 
 def _initialize_score(score: nn.Linear, seed: int) -> None:
