@@ -183,6 +183,8 @@ def batch_metrics(batch: Batch) -> Metrics:
 
 
 def _batch_metrics(batch: Batch) -> Mapping[str, float]:
+    if not batch:  # all groups were given up
+        return {"tokens": 0.0}
     num_tokens = batch.tensor("num_tokens").float()
     response = batch.ragged("rollout_log_probs")
     lengths = response.lengths.float()

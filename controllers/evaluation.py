@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from controllers.algorithm_base import AlgorithmConfig, Stateless, batch_metrics
+from controllers.episodes import episode_metrics, whole_rows
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from workers.roles import Generator, Reward
@@ -82,8 +83,11 @@ def pass_at_k(passed: Sequence[int], num_samples: int, k: int) -> float:
 
 def measure(answers: Sequence[Batch], config: EvaluateConfig) -> Mapping[str, float]:
     """The metrics of all answers together: mean reward, pass@k, lengths, and the reward's
-    further numbers."""
-    batch = Batch.concat(list(answers))
+    further numbers; groups of episodes that were given up are counted and left out."""
+    drawn = Batch.concat(list(answers))
+    batch = drawn.rows(whole_rows(drawn).numpy())
+    if not batch:
+        raise RuntimeError("every group of episodes was given up; the log says why")
     passed: dict[int, int] = {}
     # Compared as float32, which rewards are: 0.9 is less than itself otherwise.
     successes = batch.tensor("rewards") >= config.success_reward
@@ -91,4 +95,5 @@ def measure(answers: Sequence[Batch], config: EvaluateConfig) -> Mapping[str, fl
         passed[uid] = passed.get(uid, 0) + success
     counts = list(passed.values())
     rates = {f"pass@{k}": pass_at_k(counts, config.samples_per_prompt, k) for k in config.ks}
-    return {"prompts": float(len(counts)), **rates, **batch_metrics(batch)}
+    numbers = {"prompts": float(len(counts)), **rates, **batch_metrics(batch)}
+    return numbers | episode_metrics(drawn)

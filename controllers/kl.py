@@ -81,8 +81,8 @@ class KLCoefficient:
 
     def follow(self, batch: Batch) -> None:
         """update() by the columns rollout_log_probs and ref_log_probs of a batch; nothing without a
-        reference."""
-        if self.config.target and "ref_log_probs" in batch:
+        reference or rows."""
+        if self.config.target and batch and "ref_log_probs" in batch:
             log_probs = batch.ragged("rollout_log_probs")
             ref_log_probs = batch.ragged("ref_log_probs")
             self.update(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from controllers.advantages import remax
 from controllers.algorithm_base import AlgorithmConfig, batch_metrics, mini_batch_column
 from controllers.kl import KLCoefficient, KLControlConfig
@@ -39,6 +41,7 @@ class ReMax:
     def step(self, prompts: Batch) -> Metrics:
         batch = prompts | self.actor.generate_sequences(prompts)
         greedy = prompts | self.actor.generate_sequences(prompts, do_sample=False)
+        batch, greedy = answered_in_both(batch, greedy, prompts)
         batch |= self.reference.compute_ref_log_prob(batch)
         batch |= self.reward.compute_reward(batch)
         batch |= (
@@ -52,6 +55,17 @@ class ReMax:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.kl.load_state_dict(state)
+
+
+def answered_in_both(batch: Batch, greedy: Batch, prompts: Batch) -> tuple[Batch, Batch]:
+    """The rows of prompts that have both responses; all but of episodes that were given up."""
+    if len(batch) == len(greedy) == len(prompts):
+        return batch, greedy
+    here, there = batch.tensor("uid"), greedy.tensor("uid")
+    return (
+        batch.rows(torch.isin(here, there).numpy()),
+        greedy.rows(torch.isin(there, here).numpy()),
+    )
 
 
 @on_controller(

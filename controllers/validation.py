@@ -49,7 +49,8 @@ class ResponseReward:
         batch |= scored
         if judged is not None:
             numbers["gold/mean"] = float(judged.tensor("rewards")[whole].mean())
-            numbers |= means_of_dicts(judged.objects("reward_metrics"), "gold")
+            of_whole = judged.rows(whole.numpy())
+            numbers |= means_of_dicts(of_whole.objects("reward_metrics"), "gold")
             batch |= judged.rename(rewards="gold_rewards", reward_metrics="gold_metrics")
         return Metrics(numbers, rows=batch)
 

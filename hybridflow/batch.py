@@ -50,11 +50,13 @@ class Batch(Mapping[str, Value]):
     >>> small, large = batch.reorder([1, 0]).split(2)  # metadata only
     """
 
-    __slots__ = ("_entries", "_num_rows")
+    __slots__ = ("_answered", "_entries", "_num_rows")
 
     def __init__(self, entries: Mapping[str, ColumnEntry], num_rows: int) -> None:
         self._entries = dict(entries)
         self._num_rows = num_rows
+        self._answered: np.ndarray | None = None
+        """bool [asked rows]: see only_where."""
 
     @classmethod
     def of(cls, **columns: Any) -> Batch:
@@ -236,6 +238,9 @@ class Batch(Mapping[str, Value]):
             raise ValueError(
                 f"batch: columns {twice} are in both; rename or drop them in one{known}"
             )
+        answered = other._answered
+        if answered is not None and self._num_rows == len(answered):
+            return self.rows(answered) | other.rows(np.arange(len(other)))
         if self._entries and other._entries and self._num_rows != other._num_rows:
             raise ValueError(
                 f"batch: {self._num_rows} rows | {other._num_rows} rows; both must have the same "
@@ -262,6 +267,14 @@ class Batch(Mapping[str, Value]):
                 moved[id(entry.index)] = entry.index[index]
             entries[name] = replace(entry, index=moved[id(entry.index)])
         return Batch(entries, len(index))
+
+    def only_where(self, answered: Any) -> Batch:
+        """The rows of an answer where the mask is True: those that were asked about without one
+        are left out of `asked | answer` as well."""
+        mask = np.asarray(answered, dtype=bool)
+        chosen = self.rows(mask)
+        chosen._answered = mask
+        return chosen
 
     def reorder(self, order: Any) -> Batch:
         """All rows in another order."""

@@ -39,6 +39,7 @@ from recipes.config import RunConfig
 from recipes.evaluation_run import CONSOLE, answers
 from recipes.main import recipe
 from recipes.response_files import Responses, pass_rates, write_lines
+from workers.agents.outcome import FAILED
 
 
 def evaluate(config: RunConfig) -> dict[str, float] | None:
@@ -61,7 +62,8 @@ def evaluate(config: RunConfig) -> dict[str, float] | None:
     numbers = dict(measure(batches, settings))
     output = Path(config.output_dir)
     responses.write(output / "samples.parquet")
-    rates = pass_rates(responses.rows, settings.success_reward, prepared.train.place)
+    counted = [row for row in responses.rows if row["finish_reason"] != FAILED]
+    rates = pass_rates(counted, settings.success_reward, prepared.train.place)
     write_lines(output / "pass_rates.jsonl", rates)
     result = {"model": config.model.path, "data": config.data.train, **numbers}
     with whole_file(output / "evaluation.json") as path:

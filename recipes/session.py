@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from controllers import QUESTIONS, create_algorithm
 from controllers.algorithm_base import Algorithm, Evaluated
 from controllers.data import RowDataset, RowLoader
+from controllers.given_up import CheckedGenerator, GivenUp, StepsOfEpisodes
 from controllers.loop import Loop, Outcome, phase_seconds
 from controllers.loop_config import LoopConfig
 from controllers.outcome import logged_steps
@@ -55,6 +56,7 @@ from recipes.preparation import Preparation
 from recipes.roles import GENERATION, role_kind
 from recipes.same_run import checkpoint_store, run_settings
 from recipes.settings_history import CONFIG, settings_tree, write_settings
+from workers.agents.interfaces import environment_name
 from workers.machine import MachineWorker
 from workers.precision import native_precision
 from workers.roles import (
@@ -177,7 +179,12 @@ class Session:
             if prepared.precision_line:
                 LOGGER.info("%s", prepared.precision_line)
             self.roles = spawn_roles(placement, self.pools, draws_ahead=self._draws_ahead)
-        vars(self).update({name: self.roles[name] for name in self._placed})
+        roles, given_up = dict(self.roles), self._given_up()
+        if given_up is not None and trains:
+            roles = given_up.watched(roles)
+        elif given_up is not None:
+            roles["generator"] = CheckedGenerator(roles["generator"], given_up)
+        vars(self).update({name: roles[name] for name in self._placed})
         data: RowSource = RowLoader(prepared.train, config.data)
         if self._draws_ahead:
             loader = RowLoader(prepared.train, config.data)
@@ -188,11 +195,11 @@ class Session:
             "prompts": self.prompts,
             "pretraining": TextStream(texts) if texts else EmptyStream(),
         }
-        self.algorithm = create_algorithm(
-            config.algorithm.name, self.roles, config.algorithm, streams
-        )
+        self.algorithm = create_algorithm(config.algorithm.name, roles, config.algorithm, streams)
         if tracker is None or attempt is None:
             return
+        if given_up is not None:
+            self.algorithm = StepsOfEpisodes(self.algorithm, given_up)
         self._loop = Loop(
             self.algorithm,
             trained=self._trained(),
@@ -273,14 +280,23 @@ class Session:
             return None
         if not self.placement.entry.answers_prompts:
             return HeldOutRows(cast(Evaluated, self.algorithm).evaluate, held_out)
+        actor, given_up = self.roles["actor"], self._given_up()
+        if given_up is not None:
+            actor = CheckedGenerator(actor, given_up)
         return ResponseReward(
-            self.actor,
+            actor,
             self.reward,
             held_out,
             self.config.loop.validation_sampling,
             self.config.actor.generation.sampling.max_response_tokens,
             gold=self.roles.get("gold"),
         )
+
+    def _given_up(self) -> GivenUp | None:
+        """Counts groups of episodes that are given up, where responses are episodes."""
+        if self.config.environment is None:
+            return None
+        return GivenUp(environment_name(self.config.environment), self.config.episode)
 
     @property
     def loop(self) -> Loop:

@@ -31,7 +31,7 @@ def user(text: str) -> dict[str, Any]:
 
 def row(model: Model, turn_rewards: list[float]) -> Row:
     outcome = Outcome(reward=sum(turn_rewards), turn_rewards=turn_rewards)
-    return row_of(Finished(model=model, outcome=outcome), weight_version=0, given_up=False)
+    return row_of(Finished(model=model, outcome=outcome), weight_version=0)
 
 
 def contexts(of: Row) -> list[list[int]]:

@@ -53,8 +53,9 @@ WRITES_AHEAD = (*WRITES, "token_version")
 """Those of one that was drawn ahead of its step."""
 
 
-def row_of(finished: Finished, weight_version: int, given_up: bool) -> Row:
-    """`given_up`: whether the episode's group was; `weight_version`: of the present weights."""
+def row_of(finished: Finished, weight_version: int, given_up: str = "") -> Row:
+    """`given_up`: why the episode's group was, empty where it was not; `weight_version`: of the
+    present weights."""
     segments = finished.model.segments
     transcripts = in_order(segments.transcripts)
     start = transcripts[0].prompt_length
@@ -65,13 +66,14 @@ def row_of(finished: Finished, weight_version: int, given_up: bool) -> Row:
         "tool_s": segments.tool_s,
     }
     outcome = finished.outcome
-    if outcome is None or given_up:
+    if given_up:
         return Row(
             prompt_ids=prompt[:1],
             segment_lengths=[1],
             weight_version=weight_version,
-            episode_metrics=metrics,
+            episode_metrics=metrics | {"reason": given_up},
         )
+    assert outcome is not None, "the group of one that failed is given up"
     ids: list[int] = []
     sampled: list[bool] = []
     log_probs: list[float] = []

@@ -79,7 +79,7 @@ class EpisodeSampler(Sampler):
         self, prompts: Batch, sampling: SamplingConfig | None, *, do_sample: bool = True
     ) -> Batch:
         """One episode for every row. A group (rows of one uid) of which an episode failed every
-        time is given up; a RuntimeError where too many are."""
+        time is given up."""
         plans = self.plans(prompts, sampling, do_sample=do_sample)
 
         def compute(requests: Sequence[Request]) -> list[Drawn]:
@@ -184,15 +184,6 @@ class EpisodeSampler(Sampler):
         for uid, episode in zip(uids, finished, strict=True):
             if episode.outcome is None:
                 given_up.setdefault(uid, episode.failures[-1].text)
-        num_groups = len(set(uids))
-        if len(given_up) > self.config.episode.max_given_up * num_groups:
-            reason = next(iter(given_up.values()))
-            raise RuntimeError(
-                f"environment={self.interface.name}: {len(given_up)} of {num_groups} groups had an "
-                f"episode that failed {1 + self.config.episode.retries} times, more than "
-                f"episode.max_given_up={self.config.episode.max_given_up}; the first because "
-                f"{reason}"
-            )
         for uid, reason in given_up.items():
             LOGGER.warning(
                 "environment=%s: the group of prompt %d is given up: %s",
@@ -210,7 +201,7 @@ class EpisodeSampler(Sampler):
         version = self.engine.weight_version
         return batch_of(
             [
-                row_of(episode, version, given_up=uid in given_up)
+                row_of(episode, version, given_up=given_up.get(uid, ""))
                 for uid, episode in zip(uids, finished, strict=True)
             ]
         )
