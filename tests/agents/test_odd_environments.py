@@ -51,6 +51,11 @@ class Steps:
         ((None, np.float64(2), np.True_, np.False_, {}), 2.0),
         ({"observation": None, "done": np.True_, "reward": -1}, -1.0),
         (["", True, True], 1.0),
+        (("", torch.tensor(True), 1.0), 1.0),
+        (("", torch.tensor([True]), torch.tensor([[2.0]])), 2.0),
+        (("", np.array([True]), 1.0), 1.0),
+        ({"observation": "", "done": 1, "reward": 0.5}, 0.5),
+        (("", 0.5, torch.tensor(False), np.array(True), {}), 0.5),
     ],
 )
 def test_numbers_of_numpy_and_torch(returned: Any, reward: float) -> None:
@@ -61,9 +66,21 @@ def test_numbers_of_numpy_and_torch(returned: Any, reward: float) -> None:
 @pytest.mark.parametrize(
     "returned, fix",
     [
-        (("", True, None), "a reward of 'None'; return a number, 0 where nothing was earned"),
-        (("", True, "good"), "a reward of 'good'; return a number"),
+        (
+            ("", True, None),
+            "a reward of 'None'; return one finite number, 0 where nothing was earned",
+        ),
+        (("", True, "good"), "a reward of 'good'; return one finite"),
         (None, "step returned 'None'; return"),
+        (("", True, 10**400), "a reward of 'an integer beyond floats'; return one finite number"),
+        (("", True, 10**5000), "a reward of 'an integer beyond floats'; return one finite number"),
+        (("", True, torch.tensor([1.0, 2.0])), r"a reward of 'tensor\(\[1., 2.\]\)'; return one"),
+        (("", True, np.array([1.0, 2.0])), "a reward of '.1. 2..'; return one finite number"),
+        ({"observation": "", "done": "false", "reward": 0}, "done='false'; return True or False"),
+        ({"observation": "", "done": None, "reward": 0}, "done='None'; return True or False"),
+        (("", 0.0, "no", False, {}), "terminated='no'; return True or False"),
+        (("", torch.tensor([True, False]), 1.0), "return .observation, done, reward"),
+        (("", 1.0, True), "return .observation, done, reward"),
         (("", "yes", 1.0), "return .observation, done, reward"),
         ((3, False, 0.0), "observation is '3'; return text, a message"),
         (({"role": "user"}, False, 0.0), "with text as content"),
@@ -94,6 +111,45 @@ def test_huge_and_odd_texts() -> None:
     huge = conversation(saying("ab"), context_tokens=100)
     outcome = asyncio.run(play(Steps(("x" * 2_000_000, False, 0.5)), huge, {}))
     assert (outcome.turn_rewards, huge.finish_reason) == ([0.5], "context")
+
+
+def test_halves_of_surrogate_pairs(caplog: pytest.LogCaptureFixture) -> None:
+    """Two halves are their character, as JSON writes it; one alone is what decoders put there, and
+    the log says so once."""
+    model = conversation(saying("ab"), context_tokens=4000)
+    with caplog.at_level("WARNING"):
+        asyncio.run(model.reply([{"role": "user", "content": "a\ud83d\ude00b\ud800c"}]))
+        asyncio.run(model.reply([{"role": "user", "content": "\udfff"}]))
+    text = model.renderer.tokenizer.decode(model.ids)
+    assert "a😀b\ufffdc" in text and text.count("\ufffd") == 2
+    assert caplog.text.count("half of a surrogate pair") == 1
+    plain = conversation(saying("ab"), context_tokens=4000)
+    asyncio.run(plain.reply("x\ud800"))
+    asyncio.run(plain.reply("y\ud800"))
+    assert plain.renderer.tokenizer.decode(plain.ids).count("\ufffd") == 2
+
+
+def test_every_attempt_has_the_task_of_the_data() -> None:
+    """An attempt that changes its task, also deep within, changes nobody else's."""
+    seen = []
+
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        seen.append((task["row"], list(task["shared"])))
+        task["shared"].append(task.pop("row"))
+        if len(seen) <= 3:
+            raise ConnectionError("again")
+        return 1.0
+
+    shared = ["a"]
+    tasks = [{"row": row, "shared": shared} for row in range(3)]
+    config = EpisodeConfig(retries=1)
+    executor = Executor(
+        episode, "test", config, lambda row, draw: conversation(draw, row=row), lambda asked: []
+    )
+    finished = executor.run(tasks)
+    assert [episode.outcome is not None for episode in finished] == [True] * 3
+    assert sorted(seen) == sorted([(row, ["a"]) for row in range(3)] * 2)
+    assert shared == ["a"] and tasks[0]["row"] == 0
 
 
 def test_a_mistake_names_its_environment() -> None:

@@ -90,3 +90,64 @@ def test_a_template_that_rejects_the_messages_is_named() -> None:
     with pytest.raises(EnvironmentMistake, match="rejects the messages with roles user"):
         rejecting.start([{"role": "user", "content": "a"}])
     assert "no tools here" in rejecting.check("tool", thoughts=False)
+
+
+NO_TOOL = (
+    "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}"
+    "{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""A template that leaves out roles that it does not know, as many do."""
+SYSTEM_FIRST = NO_TOOL.replace("m.role in (", "(m.role != 'system' or loop.first) and m.role in (")
+RAISES = NO_TOOL.replace(
+    "{% endif %}{% endfor %}",
+    "{% else %}{{ raise_exception('Unknown role') }}{% endif %}{% endfor %}",
+)
+
+
+def role_texts(template: str, *roles: str, after: bool = False) -> str:
+    """The text of messages that say their own roles, at the beginning or behind a reply."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    renderer = Renderer(tokenizer)
+    messages = [{"role": role, "content": f"says {role}"} for role in roles]
+    if not after:
+        return str(tokenizer.decode(renderer.start(messages)))
+    history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return str(tokenizer.decode(renderer.extend(history, messages)))
+
+
+@pytest.mark.parametrize("template", [NO_TOOL, SYSTEM_FIRST, RAISES])
+def test_a_developer_is_the_system_of_older_templates(template: str) -> None:
+    text = role_texts(template, "developer", "user")
+    assert "<|system|>\nsays developer<|end|>" in text and "says user" in text
+
+
+def test_a_developer_stays_where_the_template_knows_it() -> None:
+    assert "<|developer|>\nsays developer" in role_texts(QWEN, "developer", "user")
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "after", "left_out"),
+    [
+        (NO_TOOL, ("tool",), True, "tool"),
+        (NO_TOOL, ("user", "function"), False, "function"),
+        (SYSTEM_FIRST, ("system",), True, "system"),
+        (SYSTEM_FIRST, ("user", "developer"), False, "developer"),
+        (NO_TOOL.replace("'system', ", ""), ("developer", "user"), False, "developer"),
+    ],
+)
+def test_a_role_that_the_template_leaves_out_is_refused(
+    template: str, roles: tuple[str, ...], after: bool, left_out: str
+) -> None:
+    with pytest.raises(EnvironmentMistake, match=f"leaves out a message of role '{left_out}'"):
+        role_texts(template, *roles, after=after)
+
+
+def test_tools_need_a_template_that_writes_their_results() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = NO_TOOL
+    assert "leaves out a message of role 'tool'" in Renderer(tokenizer).check(
+        "tool", thoughts=False
+    )
+    assert not Renderer(tokenizer).check("user", thoughts=False)

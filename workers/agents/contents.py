@@ -8,6 +8,7 @@ episode gives in the place of messages, which are taken as they are.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from workers.agents.outcome import EnvironmentMistake
 from workers.text import turn_ending
 from workers.text.endings import special_tokens
 
+LOGGER = logging.getLogger(__name__)
 CHARACTERS = 8
 """The first look at a text takes so many characters of it for every token that there is space for."""
 
@@ -53,6 +55,7 @@ class Contents:
         self._first = re.compile("|".join({re.escape(text[0]) for text in numbered}) or "(?!)")
         self._lengths = sorted({len(text) for text in numbered}, reverse=True)
         self._tokenizer_by_name: Tokenizer | None = None
+        self._has_warned = False
 
     def hidden(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The message, or a tool's schema, with marks in the place of what it spells."""
@@ -67,6 +70,22 @@ class Contents:
             return text
         for token, mark in self._marks.items():
             text = text.replace(mark, token)
+        return text
+
+    def valid(self, text: str) -> str:
+        """The text as tokenizers take it: two halves of a surrogate pair are the character that
+        they stand for, one alone is U+FFFD, as where text is decoded. Says so once."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                LOGGER.warning(
+                    "a text of the environment has %a, half of a surrogate pair; the policy reads "
+                    "U+FFFD where its other half is missing, here and in texts after this one",
+                    text[error.start],
+                )
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return text
 
     def encode(self, text: str, most: int | None = None) -> list[int]:
@@ -108,7 +127,7 @@ class Contents:
         """The value with all text in it replaced."""
         match value:
             case str():
-                return self._replaced(value, by)
+                return self._replaced(self.valid(value), by)
             case dict():
                 return {key: self._replaced_in(part, by) for key, part in value.items()}
             case list() | tuple():

@@ -18,9 +18,11 @@ Methods may be async; others run in threads.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
 from workers.agents.model import Model
 from workers.agents.outcome import EnvironmentMistake, LimitReached, Outcome
@@ -87,14 +89,33 @@ def step_of(returned: Any) -> tuple[Any, bool, float]:
     """(observation, done, reward) of what step returned."""
     match returned:
         case {"observation": observation, "done": done, "reward": reward}:
-            return observation, bool(done), reward
-        case (observation, bool() | np.bool() as done, reward):
-            return observation, bool(done), reward
+            return observation, flag_of(done, "done"), reward
+        case (observation, done, reward) if is_flag(done):
+            return observation, flag_of(done, "done"), reward
         case (observation, reward, terminated, truncated, dict()):
-            return observation, bool(terminated or truncated), reward
+            ends = flag_of(terminated, "terminated"), flag_of(truncated, "truncated")
+            return observation, any(ends), reward
     raise EnvironmentMistake(
         f"the environment's step returned {str(returned)[:80]!r}; return (observation, done, "
         "reward), Gymnasium's five values, or a dict with observation, done and reward"
+    )
+
+
+def is_flag(value: Any) -> bool:
+    """Whether it is a bool, or an array or tensor of one."""
+    if isinstance(value, bool | np.bool):
+        return True
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return value.dtype in (np.bool, torch.bool) and math.prod(value.shape) == 1
+    return False
+
+
+def flag_of(value: Any, name: str) -> bool:
+    """True or False, as a bool, an array or tensor of one, or the number 0 or 1."""
+    if is_flag(value) or (isinstance(value, int | np.integer) and value in (0, 1)):
+        return bool(value)
+    raise EnvironmentMistake(
+        f"the environment's step returned {name}={str(value)[:80]!r}; return True or False"
     )
 
 
@@ -102,9 +123,10 @@ def number_of(reward: Any) -> float:
     """A step's reward: a number, or an array or tensor of one."""
     try:
         return float(reward)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        said = str(reward)[:80] if not isinstance(reward, int) else "an integer beyond floats"
         raise EnvironmentMistake(
-            f"the environment's step returned a reward of {str(reward)[:80]!r}; return a number, 0 "
+            f"the environment's step returned a reward of {said!r}; return one finite number, 0 "
             "where nothing was earned"
         ) from None
 

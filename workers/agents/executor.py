@@ -9,6 +9,7 @@ depend on how long environments take.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import math
 import threading
@@ -304,7 +305,8 @@ class Episodes:
 
     async def _outcome(self, model: Model, task: Task) -> Outcome:
         try:
-            returned = await self.episode(model, task)
+            # An attempt may change its task, of which others of the group have the same object.
+            returned = await self.episode(model, copy.deepcopy(task))
         except LimitReached:
             returned = 0.0
         except (asyncio.CancelledError, Exception):

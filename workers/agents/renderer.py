@@ -61,6 +61,9 @@ class Renderer:
         self._pieces, self._contents = PieceTokenizer(tokenizer), Contents(tokenizer)
         self._wants_parts = wants_parts(tokenizer)
         self._verdicts: dict[tuple[str, bool], str] = {}
+        self._written: set[tuple[bool, tuple[str, ...]]] = set()
+        """Roles, at the beginning or behind a reply, of which the template writes all."""
+        self._developer: str | None = None
         self._with_tools: dict[str, Renderer] = {}
 
     @property
@@ -78,16 +81,18 @@ class Renderer:
         """The tokens of a conversation that the policy goes on with. Of one that surely has over
         `most` tokens only the first ones, which are over `most`: a page of megabytes takes seconds
         to encode, in which no other episode goes on."""
+        self._check_written([], messages)
         return self._contents.encode(self._rendered(messages), most)
 
     def text(self, text: str) -> list[int]:
         """The tokens of plain text at the beginning of a transcript."""
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        valid = self._contents.valid(text)
+        ids = list(self.tokenizer(valid, add_special_tokens=False)["input_ids"])
         return Beginning(self.tokenizer).before(ids)
 
     def further_text(self, before: str, text: str) -> list[int]:
         """The tokens of plain text that follows `before`."""
-        return self._pieces([[before, text]])[0][1]
+        return self._pieces([[before, self._contents.valid(text)]])[0][1]
 
     def extend(
         self,
@@ -100,6 +105,7 @@ class Renderer:
         """The tokens that follow a reply, which is the last message of `history`. `closed`:
         whether the reply ends with a token that ends turns; else the template's is added. `most`:
         see start."""
+        self._check_written([QUESTION, {"role": "assistant", "content": REPLIES["tool"]}], new)
         ending, piece = self._following(history, new)
         if ending.token_id is None:
             text = piece.text
@@ -149,8 +155,49 @@ class Renderer:
         assert isinstance(text, str)
         return text
 
+    def _check_written(self, before: Sequence[Message], messages: Sequence[Message]) -> None:
+        """An EnvironmentMistake where the template leaves out a message for its role."""
+        key = (bool(before), tuple(str(message.get("role")) for message in messages))
+        if key in self._written:
+            return
+        words = {place: f"{SENTINEL}{place}{SENTINEL}" for place in range(len(messages))}
+        shown = [{**message, "content": words[place]} for place, message in enumerate(messages)]
+        try:
+            text = self.render([*before, *shown])
+        except EnvironmentMistake:
+            return  # the messages themselves tell
+        for place, role in enumerate(key[1]):
+            if words[place] not in text:
+                raise EnvironmentMistake(
+                    f"the chat template of {self.tokenizer.name_or_path} leaves out a message of "
+                    f"role {role!r} at that place, so the policy would not read it; give it a role "
+                    "that the template writes (user, say), or set data.chat_template to one that "
+                    f"writes {role!r}"
+                )
+        self._written.add(key)
+
+    def _role(self, role: Any) -> Any:
+        """The role as the template knows it: a developer, OpenAI's newer name of the system, is
+        the system where the template has no developer."""
+        if role != "developer":
+            return role
+        if self._developer is None:
+            self._developer = "developer"  # in what is tried
+            if not self._writes("developer") and self._writes("system"):
+                self._developer = "system"
+        return self._developer
+
+    def _writes(self, role: str) -> bool:
+        """Whether the template writes a first message of that role."""
+        try:
+            return SENTINEL in self.render([{"role": role, "content": SENTINEL}, QUESTION])
+        except EnvironmentMistake:
+            return False
+
     def _for_template(self, message: Message) -> Message:
         shown = self._contents.hidden(joined(message))
+        if "role" in shown:
+            shown["role"] = self._role(message["role"])
         if self._wants_parts and isinstance(shown.get("content"), str):
             shown["content"] = [{"type": "text", "text": shown["content"]}]
         return shown
@@ -189,6 +236,9 @@ class Renderer:
         history = [QUESTION]
         try:
             text = self.render(history)
+            self._check_written(
+                [QUESTION, {"role": "assistant", "content": reply}], [FURTHER[role]]
+            )
             for _ in range(2):
                 history.append({"role": "assistant", "content": reply})
                 _, piece = self._following(history, [FURTHER[role]])
