@@ -99,8 +99,16 @@ def test_grouped_query_attention_shrinks_the_cache():
 
 
 def test_unknown_model_and_broken_config_name_the_fix(tmp_path):
-    with pytest.raises(ValueError, match=r"llama-7b.*config\.json"):
-        model_spec("llama-8000b")
+    with pytest.raises(ValueError, match=r"with a config\.json; .*known are llama-7b, "):
+        model_spec("gpt-5")
+    for name, meant in {
+        "llama-8b": "llama3-8b",
+        "Qwen/Qwen2.5-7B-Instruct": "qwen2.5-7b",
+        "Qwen/Qwen3-30B-A3B-Instruct-2507": "qwen3-30b-a3b",
+        "deepseek-ai/DeepSeek-V3": "deepseek-v3",
+    }.items():
+        with pytest.raises(ValueError, match=f"did you mean {meant}[?]"):
+            model_spec(name)
     with pytest.raises(ValueError, match="num_hidden_layers"):
         ModelSpec.from_hf({"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10})
     with pytest.raises(ValueError, match="num_kv_heads 3"):

@@ -17,8 +17,25 @@ from hybridflow.mapping.question.adapter import AdapterSpec
 from hybridflow.mapping.question.files import read_json
 from hybridflow.mapping.question.latent import LatentAttention
 
-PLAIN_MLP_TYPES = ("gpt2", "opt", "gpt_neox", "bloom", "falcon", "phi", "starcoder2", "gpt_bigcode")
+PLAIN_MLP_TYPES = (
+    *(
+        "apertus",
+        "arcee",
+        "bloom",
+        "codegen",
+        "falcon",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gpt_neox",
+    ),
+    *("gptj", "mpt", "nemotron", "opt", "persimmon", "phi", "starcoder2"),
+)
 """Model types whose MLP has two matrices; all others are taken to be gated (three)."""
+GATED_ATTENTION_TYPES = ("afmoe",)
+"""Model types whose attention's output is multiplied with a gate of its input."""
+SHARED_AS_DENSE_TYPES = ("hunyuan_v1_moe", "llama4_text")
+"""Model types whose layers with experts have one more of that size, which every token passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +70,11 @@ class ModelSpec:
     """Parameters of a vision tower, which lies beside the embedding."""
     tower_trains: bool = True
     """False: it is frozen."""
+    gated_attention: bool = False
+    """Attention has one more matrix, as large as the queries'."""
+    num_convolution_layers: int = 0
+    """Layers with a short convolution and two matrices [3 hidden, hidden] and [hidden, hidden] in place of
+    attention (LFM2); they keep no keys and values."""
     latent: LatentAttention | None = None
     """Attention of DeepSeek's kind; head_dim is then that of its queries."""
     scalar_head: bool = False
@@ -112,6 +134,8 @@ class ModelSpec:
             vocab_size=_integer(config, "vocab_size"),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             gated_mlp=config.get("model_type") not in PLAIN_MLP_TYPES,
+            gated_attention=config.get("model_type") in GATED_ATTENTION_TYPES,
+            num_convolution_layers=_convolution_layers(config),
         )
         if not experts:
             return dense
@@ -121,14 +145,13 @@ class ModelSpec:
             "n_shared_experts",
             "num_shared_experts",
             "moe_num_shared_experts",
-            default=0,
+            default=int(config.get("model_type") in SHARED_AS_DENSE_TYPES),
         )
         return replace(
             dense,
+            intermediate_size=_integer(config, "intermediate_size_mlp", default=inner),
             num_experts=experts,
-            experts_per_token=_integer(
-                config, "num_experts_per_tok", "moe_topk", "top_k_experts", default=0
-            ),
+            experts_per_token=_most(config, "num_experts_per_tok", "moe_topk", "top_k_experts"),
             expert_intermediate_size=expert_inner,
             shared_intermediate_size=_integer(
                 config,
@@ -193,10 +216,13 @@ class ModelSpec:
 
     @cached_property
     def attention_parameters(self) -> int:
-        """Parameters of a layer's query, key, value and output matrices."""
+        """Parameters of a layer's query, key, value and output matrices, averaged over the layers."""
         if self.latent is not None:
             return self.latent.parameters(self.hidden_size, self.num_heads)
-        return self.hidden_size * (2 * self.query_dim + 2 * self.kv_dim)
+        queries = 3 if self.gated_attention else 2
+        attention = self.hidden_size * (queries * self.query_dim + 2 * self.kv_dim)
+        convolution = 4 * self.hidden_size**2
+        return round(self._mean(attention, convolution))
 
     @cached_property
     def layer_parameters(self) -> float:
@@ -225,7 +251,7 @@ class ModelSpec:
         """FLOPs of a layer's attention for a token and a position that it attends to."""
         if self.latent is not None:
             return 2.0 * self.num_heads * (self.latent.head_dim + self.latent.value_dim)
-        return 4.0 * self.query_dim
+        return self._mean(4.0 * self.query_dim, 0.0)
 
     @cached_property
     def active_layer_parameters(self) -> float:
@@ -276,7 +302,7 @@ class ModelSpec:
         are rebuilt from)."""
         if self.latent is not None:
             return self.num_layers * self.latent.cached
-        return 2 * self.num_layers * self.kv_dim
+        return 2 * (self.num_layers - self.num_convolution_layers) * self.kv_dim
 
     @cached_property
     def activation_elements_per_token(self) -> float:
@@ -344,6 +370,11 @@ class ModelSpec:
             + inner * self.active_intermediate_size
         )
 
+    def _mean(self, attention: float, convolution: float) -> float:
+        """The mean over the layers of what one with attention and one with a convolution has."""
+        layers, without = self.num_layers, self.num_convolution_layers
+        return ((layers - without) * attention + without * convolution) / layers
+
     @cached_property
     def _mlp_matrices(self) -> int:
         """Matrices of an MLP: two, and a third one where it has a gate."""
@@ -360,10 +391,12 @@ class ModelSpec:
 
 def _dense_layers(config: Mapping[str, object], num_layers: int) -> int:
     """How many layers of a mixture of experts have none: the first ones (DeepSeek, Ernie, LFM2), those
-    that are named, and all but every so-manieth (Qwen)."""
-    kinds = config.get("mlp_layer_types")
+    that are named, all but those that are (Llama 4), and all but every so-manieth (Qwen)."""
+    kinds, mixed = config.get("mlp_layer_types"), config.get("moe_layers")
     if isinstance(kinds, list):
         return kinds.count("dense")
+    if isinstance(mixed, list):
+        return num_layers - len(mixed)
     first = _integer(
         config,
         "first_k_dense_replace",
@@ -371,13 +404,27 @@ def _dense_layers(config: Mapping[str, object], num_layers: int) -> int:
         "num_dense_layers",
         default=0,
     )
-    every = _integer(config, "decoder_sparse_step", default=1)
+    every = _integer(config, "decoder_sparse_step", "interleave_moe_layer_step", default=1)
     named = config.get("mlp_only_layers")
     dense = set(range(first))
     if isinstance(named, list):
         dense.update(layer for layer in named if layer < num_layers)
     dense.update(layer for layer in range(num_layers) if (layer + 1) % max(every, 1))
     return len(dense)
+
+
+def _convolution_layers(config: Mapping[str, object]) -> int:
+    kinds = config.get("layer_types")
+    return kinds.count("conv") if isinstance(kinds, list) else 0
+
+
+def _most(config: Mapping[str, object], *keys: str) -> int:
+    """The value of the first of `keys` that is there, the largest one where each layer has its own."""
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, list):
+            return max(value)
+    return _integer(config, *keys, default=0)
 
 
 def _integer(config: Mapping[str, object], *keys: str, default: int | None = None) -> int:
