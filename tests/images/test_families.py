@@ -13,12 +13,15 @@ from transformers import AutoConfig, AutoImageProcessor
 from controllers.data import DataConfig, PromptDataset
 from hybridflow import open_session
 from recipes.images import check_images
+from recipes.preparation import prepare
+from recipes.python_settings import make_settings
 from recipes.roles import Role
 from tests.images.plain import TEMPERATURE, load, make_rows, whole_log_probs
 from tests.images.rewards import by_length
 from tests.images.runs import settings
 from tests.images.test_engine import make_engine
 from tests.images.tiny import make_data, make_model, make_tokenizer, png, square
+from tests.tiny import tiny_grpo
 from workers.config import ModelConfig
 from workers.engines.base import Head
 from workers.engines.model.loading import model_config
@@ -126,6 +129,30 @@ def test_families_that_are_given_text_alone(tmp_path: Path, model_path: Path, fa
     ) as error:
         check_images([role], [rows])
     assert "use a model of one of qwen2_vl" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        (
+            "actor.train.vision=frozen",
+            r"actor: train\.vision is frozen, but qwen2 is trained on text",
+        ),
+        (
+            "reference.train.vision=frozen",
+            r"reference\.train\.vision is frozen, but reference is not",
+        ),
+    ],
+)
+def test_a_frozen_tower_of_what_has_none_or_is_not_trained(
+    tmp_path: Path, setting: str, problem: str
+) -> None:
+    arguments = [f"{name}={value}" for name, value in tiny_grpo(tmp_path).items()]
+    arguments += ["reward.function=tests.images.rewards:by_length", "actor.loss.kl_coefficient=0.1"]
+    with pytest.raises(ValueError, match=problem) as error:
+        prepare(make_settings("grpo", [*arguments, setting]))
+    assert "leave it out" in str(error.value)
     assert "\n" not in str(error.value)
 
 

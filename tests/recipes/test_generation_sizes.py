@@ -105,6 +105,31 @@ def test_a5_key_value_heads_may_be_replicated() -> None:
     assert not why_not(falcon, 2), "one key-value head, on both ranks"
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "problem"),
+    [
+        ("Qwen 3 MoE", {"moe_intermediate_size": 42}, "moe_intermediate_size 42"),
+        (
+            "Qwen 2 MoE",
+            {"shared_expert_intermediate_size": 54},
+            "shared_expert_intermediate_size 54",
+        ),
+        (
+            "Granite MoE, shared expert",
+            {"shared_intermediate_size": 50},
+            "shared_intermediate_size 50",
+        ),
+        ("Mixtral", {"intermediate_size": 46}, "intermediate_size 46"),
+    ],
+)
+def test_experts_are_divided_too(name: str, changes: dict[str, int], problem: str) -> None:
+    """The width of every expert, and of those that every token passes."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    fitting = standard_sizes(config_of(name, **heads))
+    assert not why_not(fitting, 4)
+    assert why_not(standard_sizes(config_of(name, **heads, **changes)), 4) == problem
+
+
 def test_a5_a_dry_run_refuses_it(tmp_path: Path) -> None:
     """On three devices, where vLLM raised an AssertionError."""
     arguments = run(tmp_path, family("Qwen 2"), ["runtime=ray", "num_devices=3"])
