@@ -59,7 +59,7 @@ def make_examples(config: TaskConfig, seed: int) -> tuple[list[Example], list[Ex
     return ordered[: config.num_train], ordered[config.num_train :]
 
 
-def write_parquet(examples: Sequence[Example], path: Path) -> None:
+def write_parquet(examples: Sequence[Example], path: Path | str) -> None:
     """The columns that data.prompt_column and data.answer_column mean by default: `prompt`
     (chat messages) and `answer`."""
     message = pa.struct([("role", pa.string()), ("content", pa.string())])

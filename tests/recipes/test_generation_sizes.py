@@ -22,7 +22,13 @@ from workers.generation.cache import MAX_CACHE_BYTES, cache_bytes, cache_bytes_o
 from workers.generation.config import GenerationConfig
 from workers.generation.hf import HfEngine
 from workers.generation.vllm.engine import VllmEngine
-from workers.generation.vllm.limits import check_fits, check_latent, why_not
+from workers.generation.vllm.limits import (
+    CPU_HEAD_SIZES,
+    check_fits,
+    check_head_size,
+    check_latent,
+    why_not,
+)
 
 
 def family(name: str) -> Family:
@@ -128,6 +134,20 @@ def test_experts_are_divided_too(name: str, changes: dict[str, int], problem: st
     fitting = standard_sizes(config_of(name, **heads))
     assert not why_not(fitting, 4)
     assert why_not(standard_sizes(config_of(name, **heads, **changes)), 4) == problem
+
+
+def test_heads_that_vllm_does_not_have_on_cpus() -> None:
+    """Heads of 16 numbers, of which the error came out of the first step; the list is vLLM's."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert CPUAttentionBackend.get_supported_head_sizes() == list(CPU_HEAD_SIZES)
+    odd = standard_sizes(config_of("Qwen 2", num_attention_heads=12, num_key_value_heads=2))
+    with pytest.raises(ValueError, match="CPU build has no attention for heads of 16 numbers"):
+        check_head_size(odd, "cpu")
+    check_head_size(odd, "cuda")
+    for entry in FAMILIES:
+        if not entry.settings.get("kv_lora_rank"):
+            check_head_size(standard_sizes(entry.config()), "cpu")
 
 
 def test_a5_a_dry_run_refuses_it(tmp_path: Path) -> None:

@@ -423,7 +423,7 @@ def _most(config: Mapping[str, object], *keys: str) -> int:
     for key in keys:
         value = config.get(key)
         if isinstance(value, list):
-            return max(value)
+            return max(map(int, value))
     return _integer(config, *keys, default=0)
 
 

@@ -24,6 +24,9 @@ VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to it."""
 
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Those of vLLM's CPUAttentionBackend."""
+
 INNER_SIZES = (
     "intermediate_size",
     "n_inner",
@@ -115,6 +118,8 @@ def check_fits(model: PretrainedConfig, config: GenerationConfig) -> None:
     check_router_bias(model.model_type, installed_kind())
     if sizes.get("kv_lora_rank"):
         check_latent(sizes, config.precision, installed_kind())
+    else:
+        check_head_size(sizes, installed_kind())
     check_long_rope(sizes, config.max_model_len)
 
 
@@ -125,6 +130,21 @@ def check_router_bias(model_type: str, build: str) -> None:
             f"generation.engine is 'vllm', whose CPU build leaves out the bias by which routers of "
             f"{model_type} choose; set generation.engine to {other_engines('vllm')}, or generate on GPUs"
         )
+
+
+def check_head_size(sizes: Mapping[str, Any], build: str) -> None:
+    """ValueError for heads that the attention of vLLM's build for "cpu" does not have; found at its first
+    step otherwise."""
+    if build != "cpu" or not sizes.get("num_attention_heads"):
+        return
+    head_dim = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+    for size in filter(None, (head_dim, sizes.get("global_head_dim"))):
+        if size not in CPU_HEAD_SIZES:
+            raise ValueError(
+                f"generation.engine is 'vllm', whose CPU build has no attention for heads of {size} numbers "
+                f"({', '.join(map(str, CPU_HEAD_SIZES))}); set generation.engine to "
+                f"{other_engines('vllm')}, or generate on GPUs"
+            )
 
 
 def check_latent(sizes: Mapping[str, Any], precision: Precision, build: str) -> None:
