@@ -13,21 +13,24 @@ from collections.abc import Sequence, Set
 from transformers import PreTrainedTokenizerBase
 
 from controllers import algorithm_entry
-from controllers.data import load_tokenizer
+from controllers.data import PromptDataset, load_tokenizer
 from recipes.checks import most_tokens
 from recipes.config import RunConfig
 from recipes.roles import SCORERS, Role, role_kind, role_names
 from workers.config import ModelConfig
 from workers.engines.base import Head
 from workers.engines.model.loading import position_limit
-from workers.reward_function import check_columns
+from workers.reward_function import check_columns, resolve
+from workers.rewards.answers import check_answers
 from workers.role_config import ActorConfig, JudgeConfig
 
 LOGGER = logging.getLogger(__name__)
 
 
-def check_columns_of(config: RunConfig, name: str, columns: Set[str]) -> None:
-    """Whether whoever scores the responses to data.<name> finds there what it asks for."""
+def check_columns_of(config: RunConfig, name: str, field: str, rows: PromptDataset) -> None:
+    """Whether whoever scores the responses to data.<name> finds there what it asks for, and can read
+    it."""
+    columns = rows.column_names
     trained = algorithm_entry(config.algorithm.name).roles
     for role in role_names(config) if name == "validation" else trained:
         if role == "judge" and name == "train":
@@ -36,6 +39,8 @@ def check_columns_of(config: RunConfig, name: str, columns: Set[str]) -> None:
             role in SCORERS and (function := role_kind(role).settings(config).function) is not None
         ):
             check_columns(function, columns, role)
+            places = ((rows.place(i), rows.column_values(i)) for i in range(len(rows)))
+            check_answers(resolve(function, role), places, field)
 
 
 def check_template(config: JudgeConfig, names: Set[str]) -> None:

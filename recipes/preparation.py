@@ -201,7 +201,7 @@ def load_rows(placement: Placement, name: str, tokenizer: PreTrainedTokenizerBas
     )
     if isinstance(rows, PromptDataset):
         check_prompts(f"data.{name}", rows.longest_prompt_tokens, config.actor)
-        check_columns_of(config, name, rows.column_names)
+        check_columns_of(config, name, _field(config, name), rows)
     else:
         check_text(f"data.{name}", rows.longest_tokens, config.model, f"data.{rows.length_limit}")
     return rows

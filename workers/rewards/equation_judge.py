@@ -4,7 +4,7 @@ with its input.
 
 A process of its own, because an expression such as 9^{9^{9^9}} keeps SymPy busy for ever, and only
 the end of the process stops it: the answer and the response each have CPU_S seconds of processor
-time, after which the system ends this process (SIGXCPU). Imports nothing of the project.
+time, after which the system ends this process (SIGXCPU). Of the project it imports spelling.py alone.
 """
 
 from __future__ import annotations
@@ -15,17 +15,26 @@ import math
 import re
 import resource
 import sys
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from math_verify import parse, verify
 
+sys.path.append(str(Path(__file__).parent))  # behind the libraries: this folder has a numbers.py
+from spelling import (  # type: ignore[import-not-found]
+    decimal_comma,
+    measure,
+    plain_value,
+    plainly,
+    units_differ,
+)
+
 MEMORY_BYTES = 2 << 30
 """Memory on top of what the process has at its start."""
 BOX = r"\boxed{"
 PERCENTAGE = re.compile(r"\s*([-+]?[\d.,]+)\s*\\?%\s*")
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 DOLLAR = re.compile(r"(?<!\\)\$")
 
 
@@ -36,6 +45,9 @@ class Reading:
     values: list[Any]
     is_percentage: bool = False
     """The values stand before a percent sign."""
+    others: list[list[Any]] = field(default_factory=list)
+    """Values by other readings: without the unit, or with a comma as the decimal point."""
+    unit: str = ""
 
 
 def main() -> None:
@@ -78,6 +90,7 @@ def read_answer(text: str) -> Reading:
     """The reference answer, which is read as a whole: "1, 2" is a set, "5:30" a ratio, and
     "1.5e3" the number. Of a worked solution, the last box or the last expression counts.
     """
+    text = plainly(text)
     content = last_boxed(text)
     if content is None and len(DOLLAR.findall(text)) > 1:
         return Reading(parse(text, parsing_timeout=None))
@@ -88,25 +101,42 @@ def read_answer(text: str) -> Reading:
 
 
 def read_response(text: str) -> Reading:
-    """The last box, or else the last expression of a response."""
+    """The last box, or else what stands between the last <answer> tags, or else the last
+    expression of a response."""
+    text = plainly(text)
     content = last_boxed(text)
-    if content is None:
-        return Reading(parse(text, parsing_timeout=None))
-    return read_whole(content)
+    if content is not None:
+        return read_whole(content)
+    if marked := ANSWER.findall(text):
+        whole = read_whole(DOLLAR.sub("", marked[-1]))
+        if whole.values:
+            return whole
+        text = marked[-1]
+    return Reading(parse(text, parsing_timeout=None))
 
 
 def read_whole(content: str) -> Reading:
     """The content of a box."""
     if match := PERCENTAGE.fullmatch(content):
         return Reading(parse(f"{BOX}{match[1]}}}", parsing_timeout=None), is_percentage=True)
-    content = plain_number(content) or content
-    return Reading(parse(f"{BOX}{content}}}", parsing_timeout=None))
+    content = plain_value(content)
+    number, unit = measure(content)
+    others = [form for form in (number, decimal_comma(content)) if form]
+    return Reading(
+        parse(f"{BOX}{content}}}", parsing_timeout=None),
+        others=[parse(f"{BOX}{form}}}", parsing_timeout=None) for form in others],
+        unit=unit,
+    )
 
 
 def are_equal(expected: Reading, found: Reading) -> bool:
-    if not found.values:
+    if not found.values or units_differ(expected.unit, found.unit):
         return False
     pairs = [(expected.values, found.values)]
+    # A unit may be left out, and in some countries a comma is the decimal point.
+    pairs += [(expected.values, other) for other in found.others]
+    if expected.unit:
+        pairs += [(expected.others[0], other) for other in (found.values, *found.others)]
     # 50% is 0.5, and 50 whose unit is left out; two percentages are compared as such.
     if expected.is_percentage and not found.is_percentage:
         pairs.append((hundredths(expected.values), found.values))
@@ -123,16 +153,6 @@ def are_equal(expected: Reading, found: Reading) -> bool:
 
 def hundredths(values: list[Any]) -> list[Any]:
     return [value / 100 for value in values if not isinstance(value, str)]
-
-
-def plain_number(text: str) -> str:
-    """1.5e3 as 1500, because LaTeX reads e as a constant; empty for what is no such number."""
-    if "e" not in text.lower():
-        return ""
-    try:
-        return f"{Decimal(text.strip()):f}"
-    except InvalidOperation:
-        return ""
 
 
 def last_boxed(text: str) -> str | None:

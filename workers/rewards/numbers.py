@@ -42,6 +42,14 @@ SPACES = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!;:])(?=\d)")
 ONE_HALF = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 
 
+LISTED = re.compile(r"(?<![\w.,])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")
+"""A number in groups as India writes it, or a list of numbers: 10,20,300."""
+
+
+def _apart(match: re.Match[str]) -> str:
+    return match[0].replace(",", ", ")
+
+
 def numbers_in(text: str) -> list[Fraction]:
     """All numbers of a text, in its order: 3/4 and 2 1/2 are one number, 20-18 are two, 1,234 is
     one.
@@ -101,7 +109,8 @@ def number(
     tolerance: float = 0.0,
     **columns: object,
 ) -> float:
-    """1.0 if the last number of the response equals the answer, else 0.0.
+    """1.0 if the last number of the response equals the answer, else 0.0. 10,20,300 may be read as
+    three numbers, and as one in groups as India writes it.
 
     answer: a number, or text that ends in one ("... #### 18" in gsm8k). tolerance: how far apart
     they may be. A ValueError for an answer without a number: the row is not what this reward is
@@ -114,5 +123,8 @@ def number(
         raise ValueError(
             f"answer is {text[:80]!r}, which has no number; use another reward for this data"
         )
-    found = numbers_in(response)
-    return float(bool(found) and abs(found[-1] - expected[-1]) <= Fraction(str(tolerance)))
+    most = Fraction(str(tolerance))
+    for found in (numbers_in(response), numbers_in(LISTED.sub(_apart, response))):
+        if found and abs(found[-1] - expected[-1]) <= most:
+            return 1.0
+    return 0.0
