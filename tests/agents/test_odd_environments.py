@@ -400,3 +400,48 @@ def test_an_episode_without_end_meets_the_limit_of_turns() -> None:
     finished, rounds = run(episode, 2, EpisodeConfig(max_turns=5))
     assert len(rounds) == 5
     assert [episode.model.finish_reason for episode in finished] == ["turns", "turns"]
+
+
+class Hard(Steps):
+    """Needs an argument, and keeps it."""
+
+    def __init__(self, *, most: int) -> None:
+        super().__init__(("", True, float(most)))
+
+
+class Adder:
+    """A tool with an argument."""
+
+    def __init__(self, plus: int) -> None:
+        self.plus = plus
+
+    def add(self, a: int) -> int:
+        """Adds.
+
+        Args:
+            a: The number.
+        """
+        return a + self.plus
+
+    def reward(self, answer: str) -> float:
+        return float(self.plus)
+
+
+hard = functools.partial(Hard, most=99)
+
+
+def test_arguments_of_a_class() -> None:
+    """A partial of it, by name or as it is; without them the line names it."""
+    for environment in (hard, "tests.agents.test_odd_environments:hard"):
+        interface = as_episode(environment)
+        finished, _ = run(interface.episode, 1)
+        assert finished[0].outcome is not None and finished[0].outcome.reward == 99.0
+    assert as_episode(hard).name == "tests.agents.test_odd_environments:Hard"
+    tools = as_episode(functools.partial(Adder, 3))
+    assert (
+        tools.roles == ("tool",) and tools.rewards and tools.tools[0]["function"]["name"] == "add"
+    )
+    with pytest.raises(ValueError, match=r"takes .*most.*, and is called with .. .*a partial"):
+        as_episode(Hard)
+    with pytest.raises(ValueError, match=r"functools\.partial of it"):
+        as_episode(Hard(most=1))

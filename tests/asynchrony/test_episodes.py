@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import torch
 from tests.agents.chat import chat_settings, tasks
 from tests.asynchrony.runs import TRUNCATE, StreamingSession, drive, equal_weights
 from workers.agents.model import Model
+from workers.generation.hf import HfEngine
 
 
 class Talk:
@@ -155,3 +156,54 @@ def test_an_episode_of_one_turn_is_a_plain_response(tiny: dict[str, Any], tmp_pa
     for before, after in zip(plain.numbers(), episodes.numbers(), strict=True):
         assert {name: after[name] for name in before} == before
     assert equal_weights(episodes, plain)
+
+
+class Hasty:
+    """Gives up its first request once the engine is at work, as a client's timeout does, and asks
+    again."""
+
+    waits: ClassVar[bool] = True
+    slices: ClassVar[int] = 0
+
+    async def __call__(self, model: Model, task: dict[str, Any]) -> float:
+        if not self.waits:
+            asked, before = asyncio.create_task(model.reply(task["prompt"])), self.slices
+            while Hasty.slices == before:
+                await asyncio.sleep(0)
+            if asked.done():
+                return float(len(asked.result().text) % 5)
+            asked.cancel()
+            await asyncio.wait([asked])
+        reply = await model.reply(task["prompt"])
+        return float(len(reply.text) % 5)
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_a_request_that_was_given_up_leaves_no_trace(
+    tiny: dict[str, Any], tmp_path: Path, lockstep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves the engine in the middle of its reply, and the next one draws what it would have."""
+    settings = tiny | TRUNCATE | {"asynchrony.staleness": 1, "asynchrony.in_flight": "drain"}
+    settings |= {"loop.num_steps": 3, "asynchrony.slice_steps": 1, "episode.lockstep": lockstep}
+    Hasty.waits = True
+    calm = drive(settings, tmp_path / "calm", num_steps=3, environment=Hasty())
+    cancelled: list[int] = []
+    cancel, run = HfEngine.cancel, HfEngine.run
+
+    def counted_cancel(engine: HfEngine, keys: Iterable[int]) -> None:
+        keys = list(keys)
+        cancelled.extend(keys)
+        cancel(engine, keys)
+
+    def counted_run(engine: HfEngine, *arguments: Any, **options: Any) -> int:
+        steps = run(engine, *arguments, **options)
+        Hasty.slices += 1
+        return steps
+
+    monkeypatch.setattr(HfEngine, "cancel", counted_cancel)
+    monkeypatch.setattr(HfEngine, "run", counted_run)
+    Hasty.waits = False
+    hasty = drive(settings, tmp_path / "hasty", num_steps=3, environment=Hasty())
+    assert cancelled
+    for before, after in zip(calm.numbers(), hasty.numbers(), strict=True):
+        assert after == {name: pytest.approx(value, abs=1e-4) for name, value in before.items()}

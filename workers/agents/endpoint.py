@@ -19,6 +19,7 @@ endpoint_options.py's. Leaves out every other path of OpenAI's.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -31,9 +32,10 @@ from workers.agents.endpoint_messages import comparable, for_template, message_o
 from workers.agents.endpoint_options import Options, options_of
 from workers.agents.endpoint_stream import stream
 from workers.agents.model import Model, Reply
-from workers.agents.outcome import EnvironmentMistake, LimitReached
+from workers.agents.outcome import EnvironmentMistake, LimitReached, RequestRefused
 from workers.agents.renderer import Message
 
+POLICY = {"id": "policy", "object": "model", "created": 0, "owned_by": "hybridflow"}
 FINISH = {"stop": "stop", "length": "length", "context": "length"}
 """A reply's finish reason -> OpenAI's."""
 
@@ -66,13 +68,21 @@ class Endpoint:
         self._mistake: EnvironmentMistake | None = None
         self._limit: LimitReached | None = None
         """The limit that the last request met."""
+        self._drawing: set[asyncio.Task[Any]] = set()
+        """Those that answer a request."""
+        self._num_answered = 0
+        self._refusal = ""
+        """Why the last request got no answer, where no limit was the reason."""
 
     async def __aenter__(self) -> str:
         application = web.Application(client_max_size=0)  # any size: the context is the limit
         application.router.add_post("/v1/chat/completions", self._completions)
         application.router.add_get("/v1/models", self._models)
+        application.router.add_get("/v1/models/{name:.+}", self._model)
         application.router.add_route("*", "/{path:.*}", self._elsewhere)
-        self._runner = web.AppRunner(application, access_log=None)
+        # A request whose client has closed the connection is drawn no further, and what was drawn
+        # is not in the row.
+        self._runner = web.AppRunner(application, access_log=None, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         port = self._runner.addresses[0][1]
@@ -80,45 +90,77 @@ class Endpoint:
 
     async def __aexit__(self, kind: object, error: BaseException | None, place: object) -> None:
         assert self._runner is not None, "it was entered"
+        for request in self._drawing:
+            request.cancel()  # its agent has ended
         await self._runner.cleanup()
         if self._mistake is not None:
             raise self._mistake
         if self._limit is not None and isinstance(error, Exception):
             raise self._limit from error  # the agent's way to end there, and no failure
+        if self._refusal and error is None:
+            raise RequestRefused(f"the agent's last request got no answer: {self._refusal}")
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": "policy", "object": "model"}]})
+        return web.json_response({"object": "list", "data": [POLICY]})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        return web.json_response(POLICY | {"id": request.match_info["name"]})
 
     async def _elsewhere(self, request: web.Request) -> web.Response:
-        return _refused(
+        refusal = (
             f"{request.method} {request.path} is not served here; let the client use chat "
-            "completions (POST /v1/chat/completions)",
-            status=404,
+            "completions (POST /v1/chat/completions)"
         )
+        if request.method == "POST":
+            self._refusal = refusal
+        return _refused(refusal, status=404)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         try:
             body = await request.json()
-        except ValueError:
-            return _refused("the body is no JSON")
-        if not isinstance(body, dict):
-            return _refused("the body is no JSON object")
-        if problem := problem_of(body.get("messages")):
-            return _refused(problem)
-        try:
+            if not isinstance(body, dict):
+                raise ValueError("the body is no JSON object")
+            if problem := problem_of(body.get("messages")):
+                raise ValueError(problem)
             options = options_of(body)
         except ValueError as error:
-            return _refused(str(error))
+            self._refusal = str(error)
+            if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+                self._refusal = "the body is no JSON"
+            return _refused(self._refusal)
+        answering = asyncio.current_task()
+        assert answering is not None, "a handler runs in a task"
+        self._drawing.add(answering)
+        before = self._num_answered
+        try:
+            return await self._answered(request, body["messages"], options)
+        except asyncio.CancelledError:
+            if before == self._num_answered:  # else the agent took the answer to another one
+                self._refusal = (
+                    "its client closed the connection, or the agent ended, before the reply was "
+                    "there; give the client a longer timeout"
+                )
+            raise
+        finally:
+            self._drawing.discard(answering)
+
+    async def _answered(
+        self, request: web.Request, messages: list[Message], options: Options
+    ) -> web.StreamResponse:
+        """The response, after those of earlier requests."""
         async with self._one_at_a_time:
-            self._limit = None
+            self._limit, self._refusal = None, ""
             try:
-                completion = await self._answer(body["messages"], options)
+                completion = await self._answer(messages, options)
             except LimitReached as limit:
                 self._limit = limit
                 return _refused(str(limit), code="context_length_exceeded")
             except EnvironmentMistake as error:
                 self._mistake = error
                 return _refused(str(error))
+            except Exception as error:
+                self._refusal = f"{type(error).__name__}: {error}"
+                raise
         if options.streams:
             return await stream(request, completion, usage=options.streams_usage)
         return web.json_response(completion)
@@ -131,8 +173,9 @@ class Endpoint:
             model.use_tools(options.tools)
         new = [for_template(message) for message in messages[len(conversation.shown) :]]
         reply = await model.reply(new, max_tokens=options.max_tokens, stop=options.stop)
-        message = message_of(reply, read=options.reads_calls)
+        message = message_of(reply, most=options.most_calls)
         conversation.shown = [*shown, comparable(message)]
+        self._num_answered += 1
         return self._response(model, reply, message, options)
 
     def _conversation(self, shown: Sequence[Message], tools: Sequence[Message]) -> Conversation:

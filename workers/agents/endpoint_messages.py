@@ -13,9 +13,10 @@ from workers.agents.renderer import Message
 from workers.agents.tool_calls import BEGIN, END, ToolCall, read_calls, without_thoughts
 
 
-def message_of(reply: Reply, *, read: bool = True) -> Message:
-    """The reply as OpenAI's message: its calls apart from its text, where they are `read`."""
-    calls = [call for call in read_calls(reply.text) if read and not call.mistake]
+def message_of(reply: Reply, *, most: int | None = None) -> Message:
+    """The reply as OpenAI's message: its calls apart from its text, `most` of them; with 0 they are
+    text."""
+    calls = [call for call in read_calls(reply.text) if not call.mistake][:most]
     if not calls:
         return {"role": "assistant", "content": reply.text}
     spoken = without_thoughts(reply.text)

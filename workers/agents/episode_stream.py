@@ -131,13 +131,22 @@ class EpisodeStream:
         pending = [] if self._lockstep and self._drawing else episodes.requests()
         if not pending and not self._drawing:
             return 0
+        gone = [place for place, asked in enumerate(self._asked) if asked.answer.done()]
+        for place in reversed(gone):
+            del self._asked[place]
         work = [(waiting.request, self._plans[waiting.request.row]) for waiting in pending]
         self._asked += pending
-        return self._replica.compute(self._compute, work, limit)
+        return self._replica.compute(self._compute, gone, work, limit)
 
-    def _compute(self, work: Sequence[tuple[Request, Plan]], limit: int) -> int:
-        """On every rank: at most `limit` engine steps for the requests so far and these."""
+    def _compute(
+        self, gone: Sequence[int], work: Sequence[tuple[Request, Plan]], limit: int
+    ) -> int:
+        """On every rank: at most `limit` engine steps for the requests so far and these, without
+        those that are `gone`, since their episodes have stopped waiting."""
         engine = self._sampler.engine
+        engine.cancel([self._drawing[place] for place in gone])
+        for place in reversed(gone):
+            del self._drawing[place]
         for request, plan in work:
             self._drawing.append(self._sampler.ask(request, plan))
         num_steps = engine.run(limit, until=self._drawing)

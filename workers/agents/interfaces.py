@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -36,6 +37,8 @@ def environment_name(environment: Any) -> str:
     """Its name in messages and in the run's written settings: package.module:name."""
     if isinstance(environment, str):
         return environment
+    if isinstance(environment, partial):
+        return environment_name(environment.func)
     if inspect.isroutine(environment) or inspect.isclass(environment):
         return f"{environment.__module__}:{environment.__qualname__}"
     return f"{type(environment).__module__}:{type(environment).__qualname__}"
@@ -51,21 +54,23 @@ def as_episode(environment: Any) -> Interface:
     if is_async(value):
         _check_call(name, value, "the function", ("model", "task"))
         return Interface(name=name, episode=value, roles=())
-    if inspect.isclass(value):
-        _check_class(name, value)
-    if inspect.isclass(value) and issubclass(value, Environment):
+    kind = value.func if isinstance(value, partial) else value
+    if inspect.isclass(kind):
+        _check_class(name, kind, value)
+    if inspect.isclass(kind) and issubclass(kind, Environment):
         return Interface(name=name, episode=_of_environments(value), roles=("user",))
-    if inspect.isclass(value) and tool_names(value):
+    if inspect.isclass(kind) and tool_names(kind):
         return Interface(
             name=name,
             episode=_of_tools(value),
             roles=("tool",),
-            tools=schemas_of(value),
-            rewards=issubclass(value, Rewards),
+            tools=schemas_of(kind),
+            rewards=issubclass(kind, Rewards),
         )
     raise ValueError(
         f"environment={name!r} is {_kind_of(value)}; name an async function of (model, "
-        "task), a class with reset and step, or a class whose methods are tools"
+        "task), a class with reset and step, or a class whose methods are tools (with arguments: a "
+        "functools.partial of it)"
     )
 
 
@@ -85,9 +90,10 @@ METHODS = {"reset": ("task",), "step": ("action",), "reward": ("answer",), "clos
 """The methods of a class that are called by position, and with what."""
 
 
-def _check_class(name: str, kind: type) -> None:
-    """A ValueError where the class, or a method of it, can't be called as episodes do."""
-    _check_call(name, kind, "the class", ())
+def _check_class(name: str, kind: type, make: Callable[[], Any]) -> None:
+    """A ValueError where `make`, the class or a partial of it, or a method can't be called as
+    episodes do."""
+    _check_call(name, make, "the class", ())
     instance = object()
     for method, arguments in METHODS.items():
         member = inspect.getattr_static(kind, method, None)
@@ -106,9 +112,12 @@ def _check_call(
     try:
         signature.bind(*arguments)
     except TypeError as error:
+        fix = "give it these parameters"
+        if not arguments:
+            fix += ", or name a partial of it that has the others"
         raise ValueError(
             f"environment={name}: {what} takes {signature}, and is called with "
-            f"({', '.join(arguments)}) ({error}); give it these parameters"
+            f"({', '.join(arguments)}) ({error}); {fix}"
         ) from None
 
 

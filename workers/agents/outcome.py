@@ -43,6 +43,11 @@ class LimitReached(Exception):
         self.reason = reason
 
 
+class RequestRefused(RuntimeError):
+    """The last request of an agent to its Endpoint got no answer, and the agent went on as if it had
+    one: a failure, never a reward."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why an attempt failed: Failure("TimeoutError", "timed out (shop.py, line 9) ...")"""
