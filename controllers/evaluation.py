@@ -11,6 +11,7 @@ import numpy as np
 from controllers.algorithm_base import AlgorithmConfig, Stateless, batch_metrics
 from controllers.episodes import episode_metrics, whole_rows
 from hybridflow.batch import Batch
+from hybridflow.errors import UserCodeError
 from hybridflow.results import Metrics
 from workers.roles import Generator, Reward
 
@@ -87,7 +88,7 @@ def measure(answers: Sequence[Batch], config: EvaluateConfig) -> Mapping[str, fl
     drawn = Batch.concat(list(answers))
     batch = drawn.rows(whole_rows(drawn).numpy())
     if not batch:
-        raise RuntimeError("every group of episodes was given up; the log says why")
+        raise UserCodeError("every group of episodes was given up; the log says why")
     passed: dict[int, int] = {}
     # Compared as float32, which rewards are: 0.9 is less than itself otherwise.
     successes = batch.tensor("rewards") >= config.success_reward

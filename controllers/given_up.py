@@ -19,6 +19,7 @@ from typing import Any
 from controllers.algorithm_base import Algorithm
 from controllers.episodes import whole_rows
 from hybridflow.batch import Batch
+from hybridflow.errors import UserCodeError
 from hybridflow.results import Metrics
 from workers.agents.config import EpisodeConfig
 
@@ -60,11 +61,11 @@ class GivenUp:
                 self._reasons.setdefault(uid, of_row["reason"])
 
     def check(self) -> None:
-        """RuntimeError where over episode.max_given_up of the step's groups were given up."""
+        """UserCodeError where over episode.max_given_up of the step's groups were given up."""
         self._is_checked = True
         number, most = len(self._reasons), self._config.max_given_up
         if number > most * len(self._groups):
-            raise RuntimeError(
+            raise UserCodeError(
                 f"environment={self._environment}: {number} of {len(self._groups)} groups had an "
                 f"episode that failed {1 + self._config.retries} times, more than "
                 f"episode.max_given_up={most}; the first because "

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from controllers.given_up import GivenUp, WatchedRole
 from hybridflow import open_session
 from hybridflow.batch import Batch
+from hybridflow.errors import UserCodeError
 from hybridflow.results import Metrics
 from recipes.evaluate import evaluate
 from recipes.python_settings import make_settings
@@ -183,7 +184,7 @@ def test_groups_are_counted_over_all_rounds_of_a_step() -> None:
     assert given_up.metrics() == {"episode/given_up": 2.0, "episode/failed/E": 2.0}
     for uids in ((1, 2, 3, 4), (5,)):
         actor.generate_sequences(prompts(*uids))
-    with pytest.raises(RuntimeError, match=r"^environment=m:E: 2 of 5 groups .* broken True$"):
+    with pytest.raises(UserCodeError, match=r"^environment=m:E: 2 of 5 groups .* broken True$"):
         actor.update_actor(batch)
     assert inner.updates == 1
     whole = prompts(6, 7)
@@ -204,7 +205,7 @@ def test_validation_is_the_mean_of_whole_groups(tmp_path: Path) -> None:
         numbers = session.validate()
         rows = session.loop.validation().rows  # type: ignore[misc]
         FAILS = {"1", "6", "7"}
-        with pytest.raises(RuntimeError, match="3 of 8 groups"):
+        with pytest.raises(UserCodeError, match="3 of 8 groups"):
             session.validate()
     assert rows is not None
     rewards = [
