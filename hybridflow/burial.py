@@ -17,6 +17,9 @@ TOKEN = "HYBRIDFLOW_POOL"
 """Environment variable of a pool's hosts: a number of this start of the pool."""
 POLL_S = 0.1
 SAMPLE_S = 20.0
+LISTING_S = 30.0
+"""How long nvidia-smi may take, which waits for a driver that is stuck."""
+ENDED = ("Z", "X")
 
 
 def processes_of(token: str) -> list[int]:
@@ -27,10 +30,11 @@ def processes_of(token: str) -> list[int]:
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            environment = (entry / "environ").read_bytes().split(b"\0")
+            thread = _living_thread(entry)
+            environment = (thread / "environ").read_bytes().split(b"\0")
         except OSError:
             continue  # gone meanwhile, or another user's
-        if mark in environment and _is_alive(entry):
+        if mark in environment:
             pids.append(int(entry.name))
     return pids
 
@@ -75,12 +79,22 @@ def sample_stacks(token: str, rank: int) -> str:
     return "\n".join(texts) or f"(no process of rank {rank} was started on its node)"
 
 
-def _is_alive(entry: Path) -> bool:
+def _living_thread(entry: Path) -> Path:
+    """Where /proc has a thread of the process that has not ended. The first one may end before the
+    others: while one of them waits for a driver, the process holds its devices' memory, and only what
+    /proc has of that thread says so. A ProcessLookupError where all have ended."""
+    for thread in sorted((entry / "task").iterdir(), key=lambda thread: int(thread.name)):
+        if _state(thread) not in ENDED:
+            return thread
+    raise ProcessLookupError(entry.name)
+
+
+def _state(entry: Path) -> str:
+    """As /proc calls it: R, S, D (waits, for a driver perhaps, and can't be ended), ..."""
     try:
-        state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        return (entry / "stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
-        return False
-    return state not in ("Z", "X")
+        return ENDED[0]
 
 
 def _kill(pid: int) -> None:
@@ -92,11 +106,11 @@ def _kill(pid: int) -> None:
 
 def _describe(pid: int) -> str:
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        thread = _living_thread(Path(f"/proc/{pid}"))
+        command = (thread / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
         return f"pid {pid}"
-    return f"pid {pid} (state {state}) {command[:100].strip()}"
+    return f"pid {pid} (state {_state(thread)}) {command[:100].strip()}"
 
 
 def _device_memory_of(pids: set[int], device: str) -> list[str]:
@@ -104,12 +118,15 @@ def _device_memory_of(pids: set[int], device: str) -> list[str]:
     command = shutil.which("nvidia-smi")
     if device != "cuda" or command is None:
         return []
-    listing = subprocess.run(
-        [command, "--query-compute-apps=pid,used_memory", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+    try:
+        listing = subprocess.run(
+            [command, "--query-compute-apps=pid,used_memory", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=LISTING_S,
+        )
+    except subprocess.TimeoutExpired:
+        return [f"nvidia-smi did not answer within {LISTING_S:.0f} s"]
     holders = []
     for line in listing.stdout.splitlines():
         pid, _, memory = line.partition(",")

@@ -38,7 +38,8 @@ PRELOAD = "LD_PRELOAD"
 KEEP_MORE = {"TCMALLOC_RELEASE_RATE": "0", "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 62)}
 """tcmalloc's settings: the same, and no word about large tensors."""
 
-ALLOCATOR = "PYTORCH_ALLOC_CONF"
+ALLOCATOR, ALLOCATOR_BEFORE = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+"""PyTorch's names of the allocator's settings: the first one counts where both are set."""
 GROWING_SEGMENTS = {ALLOCATOR: "expandable_segments:True"}
 """PyTorch's allocator in GPU hosts: memory freed by one role serves the next whatever the sizes of
 its tensors. vLLM turns it off by itself inside its own pools."""
@@ -48,7 +49,7 @@ DEVICE_ENVIRONMENT: dict[str, dict[str, str]] = {
     "cuda": GROWING_SEGMENTS,
 }
 """Environment of a pool's processes by their kind of device; what the controller's environment
-has of PYTORCH_ALLOC_CONF goes before."""
+has for the allocator goes before."""
 
 
 def device_environment(context: RankContext) -> dict[str, str]:
@@ -56,8 +57,8 @@ def device_environment(context: RankContext) -> dict[str, str]:
     environment = dict(DEVICE_ENVIRONMENT[context.device])
     if context.device == "cpu":
         environment |= preloaded_allocator()
-    if context.device == "cuda" and ALLOCATOR in os.environ:
-        environment[ALLOCATOR] = os.environ[ALLOCATOR]
+    if context.device == "cuda" and allocator_settings():
+        environment[ALLOCATOR] = allocator_settings()
     return environment | DETERMINISTIC if context.deterministic else environment
 
 
@@ -131,6 +132,17 @@ def device_index(reserved: Sequence[str], visible: str | None) -> int:
             "it; leave that variable to Ray, or set it before `ray start`"
         )
     return names.index(reserved[0])
+
+
+def segments_grow() -> bool:
+    """Whether PyTorch's allocator of this process makes memory of segments that grow, which CUDA opens
+    for no other process."""
+    return "expandable_segments:true" in allocator_settings().replace(" ", "").lower()
+
+
+def allocator_settings() -> str:
+    """What this process' environment has for PyTorch's allocator."""
+    return os.environ.get(ALLOCATOR) or os.environ.get(ALLOCATOR_BEFORE, "")
 
 
 def requested_threads() -> int:

@@ -114,6 +114,7 @@ def main() -> None:
         runs: list[tuple[str, Callable[[], list[Row]]]] = []
         for number, case in enumerate(CASES):
             runs.append((" ".join(case), partial(run_case, Path(folder, str(number)), *case)))
+        runs.append(("decoding", partial(run_module, "benchmarks.rehearsal.decoding")))
         for name, layers in LAYERS.items():
             runs.append((name, partial(_memory_rows, Path(folder, f"memory {name}"), name, layers)))
         chosen = [(name, run) for name, run in runs if arguments.only in name]

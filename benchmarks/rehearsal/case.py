@@ -80,6 +80,8 @@ class Row:
     """On the device, of all that is alive."""
     predicted_bytes: int | None = None
     """By the mapper, for models of full width only (memory.py)."""
+    pageable: float = 0.0
+    """Copies that the host waits for, and so for all that was launched before."""
 
 
 class Counter:
@@ -88,8 +90,9 @@ class Counter:
     def __init__(self, rows: list[Row], hollow: Hollow, case: str, parts: int = 1) -> None:
         self.rows, self.hollow, self.case, self.parts = rows, hollow, case, parts
 
-    def _now(self) -> tuple[int, int, int]:
-        return self.hollow.launches, self.hollow.syncs.total(), self.hollow.copies
+    def _now(self) -> tuple[int, int, int, int]:
+        hollow = self.hollow
+        return hollow.launches, hollow.syncs.total(), hollow.copies, hollow.pageable
 
     def __enter__(self) -> None:
         self.before = self._now()
@@ -100,7 +103,7 @@ class Counter:
             (now - before) / self.parts
             for now, before in zip(self._now(), self.before, strict=True)
         ]
-        launches, syncs, copies = used
+        launches, syncs, copies, pageable = used
         if error is None:
             row = Row(
                 stage="A",
@@ -108,6 +111,7 @@ class Counter:
                 launches=launches,
                 syncs=syncs,
                 copies=copies,
+                pageable=pageable,
                 peak_bytes=self.hollow.memory.peak,
             )
             self.rows.append(row)
@@ -132,10 +136,13 @@ def run_engine(
     with Counter(rows, hollow, f"{layout}: train step", MICRO_BATCHES):
         engine.train_step(batch, LOSSES[head])
     if head is Head.lm:
-        rows += snapshot_rows(hollow, engine, layout, directory)
+        rows += snapshot_rows(hollow, engine, f"{layout}: snapshot", directory / "memory")
     if name != "deepspeed":  # its master weights get other data, which a FakeTensor can't take
         with Counter(rows, hollow, f"{layout}: offload"):
             engine.offload()
+        if head is Head.lm:
+            name = f"{layout}: snapshot, states on the host"
+            rows += snapshot_rows(hollow, engine, name, directory / "offloaded")
         with Counter(rows, hollow, f"{layout}: onload"):
             engine.onload()
     if head is Head.lm and kind == DENSE and not config.lora.enabled:
@@ -155,15 +162,13 @@ def describe(config: TrainConfig) -> str:
     return " ".join(words) or "tp=1"
 
 
-def snapshot_rows(
-    hollow: Hollow, engine: TrainingEngine, layout: str, directory: Path
-) -> list[Row]:
+def snapshot_rows(hollow: Hollow, engine: TrainingEngine, case: str, directory: Path) -> list[Row]:
     """The third snapshot of a step in the node's memory: the first two take the memory."""
     rows: list[Row] = []
-    stager, place = Stager(), directory / "memory" / "1" / "0"
+    stager, place = Stager(), directory / "1" / "0"
     for step in range(3):
         target, used = place / f"step{step}" / "actor" / "rank0.safetensors", list[Row]()
-        with Counter(used, hollow, f"{layout}: snapshot"):
+        with Counter(used, hollow, case):
             state = engine.state(moments=True, copies=False)
             contents = stager.contents(state, engine.scalars(), stamp=str(step))
             stager.stage(target, contents, keep=[place / f"step{step - 1}"])

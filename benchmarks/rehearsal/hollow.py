@@ -88,6 +88,8 @@ class Hollow(TorchDispatchMode):
         """Times that the host waits for the device, by their cause."""
         self.copies = 0
         """Copies from the host."""
+        self.pageable = 0
+        """Those of them for which the host waits: from ordinary memory, or asked to be waited for."""
         self.launches = 0
         """Operations on the device, views among them."""
         self.memory = Memory()
@@ -192,7 +194,7 @@ class Hollow(TorchDispatchMode):
         source, device = args[0], options.get("device")
         dtype = options.get("dtype") or source.dtype
         if not isinstance(source, FakeTensor):
-            self.copies += 1
+            self._count_copy(source, options.get("non_blocking", False))
             result = _empty(source.shape, dtype, torch.device(device))
             self.known.put(result, source.to(dtype, copy=True))
             return result
@@ -213,10 +215,17 @@ class Hollow(TorchDispatchMode):
             value = self.known.get(source)
             return into.fill_(1) if value is None else into.copy_(value)
         if not isinstance(source, FakeTensor):
-            self.copies += 1
+            self._count_copy(
+                source, (len(args) > 2 and args[2]) or options.get("non_blocking", False)
+            )
             self.known.written(into, source)
             return into
         return NotImplemented
+
+    def _count_copy(self, source: torch.Tensor, non_blocking: bool) -> None:
+        self.copies += 1
+        if not non_blocking or source.untyped_storage().data_ptr() not in self._pinned:
+            self.pageable += 1
 
     def _index(self, func: Any, args: Sequence[Any], options: dict[str, Any]) -> Any:
         """Indices may be on the host: they are copied."""

@@ -374,11 +374,14 @@ def _numbered(
 
 
 def _as_numbers(sums: Sequence[Tensor]) -> list[int]:
-    """int64 sums as they are modulo 2^64; one transfer for those of an accelerator."""
-    if not sums:
-        return []
-    together = torch.stack([total.to(sums[-1].device) for total in sums]).cpu().numpy()
-    return [int(number) for number in together.view(np.uint64)]
+    """int64 sums as they are modulo 2^64; one transfer for those of an accelerator, whose moments may be
+    on the host."""
+    numbers = np.zeros(len(sums), dtype=np.uint64)
+    for device in {total.device for total in sums}:
+        places = [place for place, total in enumerate(sums) if total.device == device]
+        together = torch.stack([sums[place] for place in places])
+        numbers[places] = together.cpu().numpy().view(np.uint64)
+    return [int(number) for number in numbers]
 
 
 def _digest_of(text: str) -> str:

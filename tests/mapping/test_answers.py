@@ -230,7 +230,10 @@ def test_judge_fills_in_layouts_for_given_pools(paper_setting):
             {"pools": (Pool(name="all", num_devices=16, roles=ROLES[:3]),)},
             "role reward is in pools",
         ),
-        ({"pools": (Pool(name="all", num_devices=99, roles=ROLES),)}, "do not fit on"),
+        (
+            {"pools": (Pool(name="all", num_devices=99, roles=ROLES),)},
+            "do not fit on .*at most 16 devices here; change its num_devices",
+        ),
         (
             {"roles": (RolePlan(role="actor", pool="all", layout=ModelLayout(t=3, d=5)),)},
             "have no plan",

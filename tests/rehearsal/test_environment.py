@@ -16,9 +16,12 @@ from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
 from hybridflow.context import RankContext
 from hybridflow.devices import (
+    ALLOCATOR,
+    ALLOCATOR_BEFORE,
     DETERMINISTIC,
     DEVICE_ENVIRONMENT,
     choose_interfaces,
+    device_environment,
     device_index,
     interface_of,
     repeat_results,
@@ -170,6 +173,17 @@ def test_hosts_with_a_gpu_let_the_allocators_segments_grow() -> None:
     library = (Path(torch.__file__).parent / "lib" / "libc10.so").read_bytes()
     assert name.encode() in library and setting.encode() in library
     assert value == "True"
+
+
+@pytest.mark.parametrize("name", [ALLOCATOR, ALLOCATOR_BEFORE])
+def test_the_users_settings_of_the_allocator_go_before_ours(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch reads the new name first, which would hide what somebody set under the old one."""
+    for other in (ALLOCATOR, ALLOCATOR_BEFORE):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "expandable_segments:False")
+    assert device_environment(RankContext(device="cuda"))[ALLOCATOR] == "expandable_segments:False"
 
 
 def test_deterministic_reaches_the_libraries_under_names_that_they_have(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.rehearsal.__main__ import CASES, run_case
+from benchmarks.rehearsal.__main__ import CASES, run_case, run_module
 from tests.matrix import matrix
 
 pytestmark = pytest.mark.skipif(
@@ -54,15 +54,28 @@ def test_engines_keep_to_the_device_and_to_their_budgets(
         check(row, case)
 
 
+def test_a_decode_step_draws_while_the_model_computes() -> None:
+    """G34: the host waits for nothing between the model's launches and those of the draws."""
+    rows = run_module("benchmarks.rehearsal.decoding")
+    assert [row["case"] for row in rows] == [
+        "decoding: the same requests",
+        "decoding: others join",
+        "decoding: forced",
+    ]
+    for row in rows:
+        assert row["syncs"] == row["pageable"] == 0 and 1 <= row["copies"] <= 2, row
+
+
 def check(row: dict[str, Any], case: tuple[str, ...]) -> None:
     phase = row["case"].partition(": ")[2]
     if phase in SYNCS:
         more = [MORE[word] for word in case if word in MORE]
         assert row["syncs"] <= SYNCS[phase] + sum(syncs for syncs, _ in more), row
         assert row["copies"] <= COPIES + sum(copies for _, copies in more), row
+        assert row["pageable"] <= sum(copies for _, copies in more), row
     if phase in ("offload", "onload"):
         assert row["syncs"] <= OFFLOAD_SYNCS, row
-    if phase == "snapshot":
+    if phase.startswith("snapshot"):
         assert row["syncs"] <= SNAPSHOT and row["copies"] == 0, row
     if phase in LAUNCHES:
         assert row["launches"] <= LAUNCHES[phase], row

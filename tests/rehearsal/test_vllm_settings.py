@@ -9,9 +9,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from transformers import Qwen2Config
 
 from hybridflow.context import RankContext
+from hybridflow.devices import ALLOCATOR, ALLOCATOR_BEFORE, GROWING_SEGMENTS
 from workers.config import ModelConfig, Precision
 from workers.generation.config import GenerationConfig
 from workers.generation.vllm.destination import VllmShards
@@ -69,12 +71,40 @@ def test_float32_attention_is_not_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tensor_parts_are_summed_by_nccl_where_a_process_sees_its_own_gpu_only() -> None:
     """G1."""
-    assert not sums_through_peers(RankContext(), 2)
-    assert not sums_through_peers(GPU, 2)  # no GPU is visible here
+    assert not sums_through_peers(RankContext(), GenerationConfig(tp=2))
+    assert not sums_through_peers(GPU, GenerationConfig(tp=2))  # no GPU is visible here
     hidden = vllm_environment(GPU, GenerationConfig(), fast_sum=False)
     assert hidden["VLLM_ALLREDUCE_USE_SYMM_MEM"] == hidden["VLLM_ALLREDUCE_USE_FLASHINFER"] == "0"
     visible = vllm_environment(GPU, GenerationConfig(), fast_sum=True)
     assert "VLLM_ALLREDUCE_USE_SYMM_MEM" not in visible
+
+
+@pytest.mark.parametrize(
+    ("settings", "graphs", "releases", "through_peers"),
+    [
+        (GROWING_SEGMENTS, True, False, False),
+        (GROWING_SEGMENTS, False, False, True),
+        ({ALLOCATOR: "expandable_segments:False"}, True, False, True),
+        ({ALLOCATOR: "expandable_segments:False"}, True, True, False),
+        ({ALLOCATOR_BEFORE: "max_split_size_mb:64, expandable_segments:True"}, True, False, False),
+    ],
+)
+def test_graphs_open_no_memory_that_cuda_does_not_open(
+    settings: dict[str, str],
+    graphs: bool,
+    releases: bool,
+    through_peers: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM registers the buffers of its graphs by cudaIpcGetMemHandle, which takes the memory of
+    cudaMalloc alone, and ends the process otherwise."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in (ALLOCATOR, ALLOCATOR_BEFORE):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    config = GenerationConfig(tp=2, enforce_eager=not graphs, release_during_training=releases)
+    assert sums_through_peers(GPU, config) is through_peers
 
 
 class Engine:

@@ -115,9 +115,12 @@ def check_pools(setting: Setting, pools: tuple[Pool, ...], plans: tuple[RolePlan
         raise ValueError(f"roles {missing} have no plan; give every role a layout, or none of them")
     if not packs(setting.cluster, [pool.devices for pool in pools]):
         sizes = " + ".join(f"{pool.name}={pool.num_devices}" for pool in pools)
+        largest = max(group.num_devices for group in setting.cluster.groups)
         raise ValueError(
-            f"pools {sizes} do not fit on {setting.cluster} ({setting.cluster.num_devices} "
-            "devices, small pools inside one node)"
+            f"pools {sizes} do not fit on {setting.cluster} ({setting.cluster.num_devices} devices): a "
+            "pool lies inside one node or takes whole nodes, of one kind, which makes at most "
+            f"{largest} devices here; change its num_devices, or let the mapper choose the pools "
+            "(placement=auto)"
         )
 
 

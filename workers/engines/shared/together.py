@@ -36,6 +36,11 @@ def moved_together(part: Part, moved: Callable[[Part, Move], Part], device: torc
     return moved(part, lambda _tensor: next(arrived))
 
 
+def sent(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Host tensors, on `device`."""
+    return list(moved_together(tensors, lambda some, move: list(map(move, some)), device))
+
+
 def together(
     tensors: Sequence[Tensor], device: torch.device, *, page_locked: bool = True
 ) -> list[Tensor]:

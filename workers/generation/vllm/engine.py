@@ -146,7 +146,7 @@ class VllmEngine(GenerationEngine):
         self._has_weights = True
         self._text_config = text_config
         self._routes: RouteTable | None = None
-        fast_sum = sums_through_peers(context, config.tp)
+        fast_sum = sums_through_peers(context, config)
         environment = vllm_environment(context, config, fast_sum=fast_sum)
         with activity("building vLLM"), preserve_process_state(context, environment):
             from vllm.distributed.parallel_state import model_parallel_is_initialized

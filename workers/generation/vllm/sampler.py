@@ -22,6 +22,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from workers.engines.shared.together import sent
 from workers.generation.config import SamplingConfig
 from workers.generation.draws import Draws, draw_groups, sample_grouped
 
@@ -89,8 +90,9 @@ class TrainerSampler(Sampler):
         # its position is repeated.
         drawn = batch.num_tokens_no_spec[:count] - batch.num_prompt_tokens[:count]
         self._grow(len(self._log_probs), int(drawn.max()) + 1)
-        places = torch.from_numpy(drawn.astype(np.int64)).to(logits.device)
-        ids, log_probs = self._batch.draw(logits, places)
+        drawn = drawn.astype(np.int64)
+        (places,) = sent([torch.from_numpy(drawn)], logits.device)
+        ids, log_probs = self._batch.draw(logits, places, drawn)
         self._log_probs[self._batch.slots, places] = log_probs
         self._versions[self._batch.slots, places] = self.weight_version
         return SamplerOutput(
@@ -147,11 +149,6 @@ class DrawnBatch:
         device: torch.device,
     ) -> None:
         self.requests = requests
-        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
-        self._seeds = torch.tensor([row.seed for row in draws], dtype=torch.int64, device=device)
-        self._first = torch.tensor(
-            [row.position for row in draws], dtype=torch.int64, device=device
-        )
         self._forced: dict[int, Sequence[int]] = {}
         samplings: dict[int, SamplingConfig] = {}
         for place, row in enumerate(draws):
@@ -159,12 +156,22 @@ class DrawnBatch:
                 self._forced[place] = row.forced
             else:
                 samplings[place] = row.sampling
-        self._groups = draw_groups(samplings, device)
+        groups = draw_groups(samplings, "cpu")
+        numbers = [list(slots), [row.seed for row in draws], [row.position for row in draws]]
+        tensors = [torch.tensor(column, dtype=torch.int64) for column in numbers]
+        tensors += [rows for _, rows in groups]
+        self.slots, self._seeds, self._first, *places = sent(tensors, device)
+        settings = [sampling for sampling, _ in groups]
+        self._groups = list(zip(settings, places, strict=True))
 
-    def draw(self, logits: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids [batch] and log-probs [batch]; `places` [batch]: tokens that each row has."""
+    def draw(
+        self, logits: torch.Tensor, places: torch.Tensor, drawn: NDArray[np.int64]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids [batch] and log-probs [batch]; `places` and `drawn` [batch]: tokens that each row
+        has, on the device and on the host."""
         ids, log_probs = sample_grouped(logits, self._seeds, self._first + places, self._groups)
         for row, forced in self._forced.items():
-            ids[row] = forced[int(places[row])]
-            log_probs[row] = logits[row].float().log_softmax(dim=-1)[ids[row]]
+            token = forced[drawn[row]]
+            ids[row].fill_(token)  # assigning a number would copy it from the host
+            log_probs[row] = logits[row].float().log_softmax(dim=-1)[token]
         return ids, log_probs

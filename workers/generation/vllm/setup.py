@@ -18,6 +18,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from hybridflow.context import RankContext
+from hybridflow.devices import segments_grow
 from workers.config import LoraConfig, ModelConfig, Precision
 from workers.engines.model.loading import standard_sizes
 from workers.generation.cache import CPU_BLOCK_SIZE, cache_bytes
@@ -97,11 +98,18 @@ def computes_eagerly(config: GenerationConfig, *, cuda: bool) -> bool:
     return not cuda if config.enforce_eager is None else config.enforce_eager
 
 
-def sums_through_peers(context: RankContext, tp: int) -> bool:
-    """Whether vLLM may sum tensor parts by kernels that read other GPUs' memory: it numbers the GPUs
-    of a group from 0, so that this process must see that many (RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_
-    DEVICES=1); by default it sees its own. NCCL sums otherwise."""
-    return context.device.startswith("cuda") and 1 < tp <= torch.cuda.device_count()
+def sums_through_peers(context: RankContext, config: GenerationConfig) -> bool:
+    """Whether vLLM may sum tensor parts by kernels that read other GPUs' memory; NCCL sums otherwise.
+
+    It numbers the GPUs of a group from 0, so that this process must see that many
+    (RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1); by default it sees its own. Graphs open each other's
+    buffers, which CUDA does not allow of segments that grow and of memory that sleeps: the process
+    would end without a word (vLLM's issue 42609).
+    """
+    if not context.device.startswith("cuda") or not 1 < config.tp <= torch.cuda.device_count():
+        return False
+    is_opened = not segments_grow() and not config.release_during_training
+    return is_opened or computes_eagerly(config, cuda=True)
 
 
 def vllm_environment(
