@@ -141,7 +141,7 @@ def segments_grow() -> bool:
 
 
 def allocator_settings() -> str:
-    """What this process' environment has for PyTorch's allocator."""
+    """The settings of PyTorch's allocator in this process' environment."""
     return os.environ.get(ALLOCATOR) or os.environ.get(ALLOCATOR_BEFORE, "")
 
 

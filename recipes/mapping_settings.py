@@ -10,7 +10,7 @@ Reads model configurations and prompt lengths, no weights; the cluster need not 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -335,7 +335,10 @@ def apply_mapping(inputs: MapperInputs, mapping: DeviceMapping) -> RunConfig:
         if plan.layout is not None:
             settings = inputs.roles[plan.role]
             train = train_settings(mapping, plan.role, settings.train)
-            changes[plan.role] = replace(settings, train=train)
+            # Those that the run has of the role: what its worker has besides is added once more.
+            configured = vars(config)[plan.role]
+            settled = {field.name: vars(settings)[field.name] for field in fields(configured)}
+            changes[plan.role] = replace(configured, **(settled | {"train": train}))
     for plan in mapping.roles:
         if plan.generation is not None:
             actor: ActorConfig = changes["actor"]

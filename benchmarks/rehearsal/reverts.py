@@ -151,8 +151,8 @@ REVERTS = (
     Revert(
         finding="34 a decode step waits for the model before it draws",
         file="workers/generation/vllm/sampler.py",
-        fix="(places,) = sent([torch.from_numpy(drawn)], logits.device)",
-        before="places = torch.from_numpy(drawn).to(logits.device)",
+        fix="(places,) = sent([torch.from_numpy(counts)], logits.device)",
+        before="places = torch.from_numpy(counts).to(logits.device)",
         test=f"{REHEARSAL}test_hollow_gpu.py -k decode_step",
     ),
     Revert(

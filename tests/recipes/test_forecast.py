@@ -19,7 +19,7 @@ from recipes.config import PlacementMode, RunConfig
 from recipes.forecast import MAPPING
 from recipes.mapping_settings import MapperInputs, apply_mapping, configured_mapping, setting_of
 from recipes.placing import place
-from recipes.preparation import check_dataflow
+from recipes.preparation import check_dataflow, prepare
 from recipes.run import run
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
@@ -252,6 +252,28 @@ def test_pools_ask_for_nodes_of_their_kind(settings: Settings, tmp_path: Path) -
         "accelerator_type:H100",
         "accelerator_type:A100",
     }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments"),
+    [
+        ("online_dpo", ["judge.yes=3", "judge.no=4"]),
+        ("generative_reward", ["judge.yes=3", "judge.no=4"]),
+        ("grpo", ["environment=recipes.agents.calculator:Calculator", "reward.function=null"]),
+    ],
+)
+def test_roles_whose_workers_have_more_than_the_settings_are_placed(
+    recipe: str, arguments: list[str], settings: Settings
+) -> None:
+    """A judge reads the policy's tokens, an actor in an environment has that: neither is a setting of
+    the role, and the mapper's answer becomes settings."""
+    config = settings(recipe, "placement=auto", "num_devices=2", *arguments)
+    prepared = prepare(config)
+    before = {role.name: role.config for role in place(config).roles}
+    assert prepared.mapping is not None and before
+    for role in prepared.placement.roles:
+        assert type(role.config) is type(before[role.name])
+        assert role.config.model == prepared.mapper_inputs.roles[role.name].model
 
 
 def test_a_function_needs_no_pool_of_its_own(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""What ends with a pool: processes of which some thread lives on, and what nvidia-smi does not say."""
+"""Processes of a pool end to their last thread, and a driver that is stuck is named."""
 
 from __future__ import annotations
 

@@ -88,11 +88,11 @@ class TrainerSampler(Sampler):
             self._batch = self._compose(list(batch.req_ids))
         # A row that is still within its prompt draws too; vLLM discards that token, and the draw at
         # its position is repeated.
-        drawn = batch.num_tokens_no_spec[:count] - batch.num_prompt_tokens[:count]
-        self._grow(len(self._log_probs), int(drawn.max()) + 1)
-        drawn = drawn.astype(np.int64)
-        (places,) = sent([torch.from_numpy(drawn)], logits.device)
-        ids, log_probs = self._batch.draw(logits, places, drawn)
+        counts = batch.num_tokens_no_spec[:count] - batch.num_prompt_tokens[:count]
+        self._grow(len(self._log_probs), int(counts.max()) + 1)
+        counts = counts.astype(np.int64)
+        (places,) = sent([torch.from_numpy(counts)], logits.device)
+        ids, log_probs = self._batch.draw(logits, places, counts)
         self._log_probs[self._batch.slots, places] = log_probs
         self._versions[self._batch.slots, places] = self.weight_version
         return SamplerOutput(
@@ -165,13 +165,13 @@ class DrawnBatch:
         self._groups = list(zip(settings, places, strict=True))
 
     def draw(
-        self, logits: torch.Tensor, places: torch.Tensor, drawn: NDArray[np.int64]
+        self, logits: torch.Tensor, places: torch.Tensor, counts: NDArray[np.int64]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids [batch] and log-probs [batch]; `places` and `drawn` [batch]: tokens that each row
+        """Token ids [batch] and log-probs [batch]; `places` and `counts` [batch]: tokens that each row
         has, on the device and on the host."""
         ids, log_probs = sample_grouped(logits, self._seeds, self._first + places, self._groups)
         for row, forced in self._forced.items():
-            token = forced[drawn[row]]
+            token = forced[counts[row]]
             ids[row].fill_(token)  # assigning a number would copy it from the host
             log_probs[row] = logits[row].float().log_softmax(dim=-1)[token]
         return ids, log_probs
