@@ -11,7 +11,7 @@ from hybridflow.recovery.attempts import Attempt
 from hybridflow.recovery.holders import is_held
 from hybridflow.snapshots.memory import MemoryPlace
 from recipes.config import RunConfig
-from recipes.session import goes_on
+from recipes.going_on import goes_on
 
 
 def keep_what_memory_holds(config: RunConfig) -> None:

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -24,17 +22,14 @@ from controllers.algorithm_base import Algorithm, Evaluated
 from controllers.data import RowDataset, RowLoader
 from controllers.given_up import CheckedGenerator, GivenUp, StepsOfEpisodes
 from controllers.loop import Loop, Outcome, phase_seconds
-from controllers.loop_config import LoopConfig
 from controllers.outcome import logged_steps
 from controllers.recovery import Driver
 from controllers.samples import SampleReader
-from controllers.saving import Saving, checkpoint_at
 from controllers.streams import EmptyStream, PromptStream, RowSource, Stream, TextStream
 from controllers.validation import HeldOutRows, ResponseReward, Validate
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.failures import EventLog
-from hybridflow.group import each, spawn, spawn_all
 from hybridflow.metrics import Tracker
 from hybridflow.pool import ResourcePool
 from hybridflow.progress import activity
@@ -46,19 +41,18 @@ from hybridflow.supervision import SUPERVISION
 from hybridflow.waiting import CALLS
 from hybridflow.whole_file import whole_file
 from hybridflow.wording import kind_of
-from recipes.asynchrony import rows_ahead, streaming_actor
-from recipes.config import Device, RunConfig
+from recipes.asynchrony import rows_ahead
 from recipes.environment import environment
+from recipes.going_on import goes_on, start_step, start_tracker
 from recipes.machines import connect_cluster, nodes_of, start_all_pools
 from recipes.path_settings import make_directory
-from recipes.placing import Placement, placeholder_roles, without_weights
+from recipes.placing import without_weights
 from recipes.preparation import Preparation
-from recipes.roles import GENERATION, role_kind
+from recipes.role_handles import spawn_roles, with_precision_of_machines
+from recipes.roles import role_kind
 from recipes.same_run import checkpoint_store, run_settings
 from recipes.settings_history import CONFIG, settings_tree, write_settings
 from workers.agents.interfaces import environment_name
-from workers.machine import MachineWorker
-from workers.precision import native_precision
 from workers.roles import (
     Actor,
     Cost,
@@ -118,6 +112,8 @@ class Session:
         self.algorithm: Algorithm
         self._loop: Loop | None = None
         self._driver: Driver | None = None
+        self._first_step = -1
+        """The step that the tracker goes on behind; -1: none."""
         self._is_described = False
         """Whether config.yaml is that of this session."""
         self._resources = ExitStack()
@@ -139,75 +135,104 @@ class Session:
         return [name for name in self.roles if name in placed]
 
     def _start(self) -> None:
-        prepared, placement, config = self.prepared, self.placement, self.config
-        tracker, memory, attempt, first_step = None, None, None, -1
-        for line in without_weights(placement):
+        for line in without_weights(self.placement):
             raise ValueError(line)
-        trains = config.algorithm.name not in QUESTIONS
         make_directory(self.directory, "output_dir")
-        if trains:
-            if not SUPERVISION.took_over:
-                check_nobody_holds(self.directory)
-            attempt = Attempt.claim(self.directory, after=SUPERVISION.state.get("attempt"))
-            SUPERVISION.note(attempt=attempt.number)
-            hold(attempt)
-            self._resources.callback(release, attempt)
-            if config.recovery.snapshot_every:
+        attempt = memory = tracker = None
+        if self.config.algorithm.name not in QUESTIONS:
+            attempt = self._claim_directory()
+            if self.config.recovery.snapshot_every:
                 memory = MemoryPlace.open(attempt)
-        store = checkpoint_store(placement, self.directory, attempt)
-        loop_config = goes_on(config.loop)
-        self._resources.enter_context(shown(live=config.metrics.console))
+        store = checkpoint_store(self.placement, self.directory, attempt)
+        self._resources.enter_context(shown(live=self.config.metrics.console))
         with activity("start"):
-            cluster = self._resources.enter_context(connect_cluster(placement))
+            cluster = self._resources.enter_context(connect_cluster(self.placement))
             SUPERVISION.handle_signals()
-            if trains:
-                assert attempt is not None, "a run that trains has an attempt"
-                length = config.loop.length(len(prepared.train), config.data.batch_size)
-                first_step = start_step(loop_config.resume, store, memory)
-                if first_step < 0:
-                    attempt.check()
-                    self._describe(0)
-                tracker = start_tracker(
-                    config, self.directory, first_step, length.num_steps, attempt
-                )
-                self._resources.enter_context(tracker)
-            for name, pool in start_all_pools(placement, cluster).items():
-                self.pools[name] = self._resources.enter_context(pool)
-            prepared = with_precision_of_machines(prepared, self.pools, cluster)
-            placement, config = prepared.placement, prepared.config
-            self.prepared, self.placement, self.config = prepared, placement, config
-            if prepared.precision_line:
-                LOGGER.info("%s", prepared.precision_line)
-            self.roles = spawn_roles(placement, self.pools, draws_ahead=self._draws_ahead)
-        roles, given_up = dict(self.roles), self._given_up()
+            if attempt is not None:
+                tracker = self._tracker(attempt, store, memory)
+            self._start_roles(cluster)
+        given_up = self._given_up()
+        data = self._create_algorithm(given_up, trains=attempt is not None)
+        if attempt is None or tracker is None:
+            return
+        if given_up is not None:
+            self.algorithm = StepsOfEpisodes(self.algorithm, given_up)
+        self._loop = self._create_loop(data, tracker, store, memory)
+        nodes = nodes_of(cluster, self.pools, self.config.recovery.copies)
+        self._loop.saving.nodes = self._resources.enter_context(nodes)
+        self._resume(self._loop, tracker, attempt)
+        self._driver = self._create_driver(self._loop, attempt)
+
+    def _claim_directory(self) -> Attempt:
+        """This process's attempt at the run in output_dir."""
+        if not SUPERVISION.took_over:
+            check_nobody_holds(self.directory)
+        attempt = Attempt.claim(self.directory, after=SUPERVISION.state.get("attempt"))
+        SUPERVISION.note(attempt=attempt.number)
+        hold(attempt)
+        self._resources.callback(release, attempt)
+        return attempt
+
+    def _tracker(
+        self, attempt: Attempt, store: CheckpointStore, memory: MemoryPlace | None
+    ) -> Tracker:
+        """The metrics, behind the step that the run goes on from."""
+        config = self.config
+        length = config.loop.length(len(self.prepared.train), config.data.batch_size)
+        self._first_step = start_step(goes_on(config.loop).resume, store, memory)
+        if self._first_step < 0:
+            attempt.check()
+            self._describe(0)
+        tracker = start_tracker(config, self.directory, self._first_step, length.num_steps, attempt)
+        return self._resources.enter_context(tracker)
+
+    def _start_roles(self, cluster: ClusterInfo | None) -> None:
+        for name, pool in start_all_pools(self.placement, cluster).items():
+            self.pools[name] = self._resources.enter_context(pool)
+        prepared = with_precision_of_machines(self.prepared, self.pools, cluster)
+        self.prepared, self.placement, self.config = prepared, prepared.placement, prepared.config
+        if prepared.precision_line:
+            LOGGER.info("%s", prepared.precision_line)
+        self.roles = spawn_roles(self.placement, self.pools, draws_ahead=self._draws_ahead)
+
+    def _create_algorithm(self, given_up: GivenUp | None, *, trains: bool) -> RowSource:
+        """Roles, streams and the algorithm over them; returns the rows of its steps."""
+        config, train = self.config, self.prepared.train
+        roles = dict(self.roles)
         if given_up is not None and trains:
             roles = given_up.watched(roles)
         elif given_up is not None:
             roles["generator"] = CheckedGenerator(roles["generator"], given_up)
         vars(self).update({name: roles[name] for name in self._placed})
-        data: RowSource = RowLoader(prepared.train, config.data)
+        data: RowSource = RowLoader(train, config.data)
         if self._draws_ahead:
-            loader = RowLoader(prepared.train, config.data)
-            data = rows_ahead(config, loader, self.roles["actor"], prepared.dataflow)
-        texts = prepared.pretraining
+            loader = RowLoader(train, config.data)
+            data = rows_ahead(config, loader, self.roles["actor"], self.prepared.dataflow)
+        texts = self.prepared.pretraining
         self.prompts = PromptStream(data, config.algorithm.samples_per_prompt)
         streams: dict[str, Stream] = {
             "prompts": self.prompts,
             "pretraining": TextStream(texts) if texts else EmptyStream(),
         }
         self.algorithm = create_algorithm(config.algorithm.name, roles, config.algorithm, streams)
-        if tracker is None or attempt is None:
-            return
-        if given_up is not None:
-            self.algorithm = StepsOfEpisodes(self.algorithm, given_up)
-        self._loop = Loop(
+        return data
+
+    def _create_loop(
+        self,
+        data: RowSource,
+        tracker: Tracker,
+        store: CheckpointStore,
+        memory: MemoryPlace | None,
+    ) -> Loop:
+        config, texts = self.config, self.prepared.pretraining
+        return Loop(
             self.algorithm,
             trained=self._trained(),
             data=data,
-            validate=self._validation(prepared.held_out),
+            validate=self._validation(self.prepared.held_out),
             tracker=tracker,
             store=store,
-            config=loop_config,
+            config=goes_on(config.loop),
             further={"pretraining": texts} if texts else {},
             samples=SampleReader(
                 config.metrics.samples,
@@ -215,25 +240,24 @@ class Session:
                 seed=config.seed,
                 end_token_ids=config.model.end_token_ids or (),
             ),
-            settings=run_settings(placement),
+            settings=run_settings(self.placement),
             memory=memory,
             snapshot_every=config.recovery.snapshot_every,
         )
-        nodes = self._resources.enter_context(nodes_of(cluster, self.pools, config.recovery.copies))
-        self._loop.saving.nodes = nodes
-        self._resume(self._loop, tracker, attempt, first_step)
-        recovers = config.recovery.max_restarts > 0
-        earlier = SUPERVISION.state
-        self._driver = Driver(
-            self._loop,
+
+    def _create_driver(self, loop: Loop, attempt: Attempt) -> Driver:
+        recovery, earlier = self.config.recovery, SUPERVISION.state
+        recovers = recovery.max_restarts > 0
+        return Driver(
+            loop,
             pools=self.pools,
             rejoin=self._rejoin,
-            config=config.recovery,
+            config=recovery,
             events=EventLog(self.directory, attempt.number) if recovers else None,
             restarts=earlier.get("restarts", 0),
             furthest=earlier.get("furthest", -1),
-            deterministic=config.deterministic,
-            nodes=nodes,
+            deterministic=self.config.deterministic,
+            nodes=loop.saving.nodes,
         )
 
     def _trained(self) -> dict[str, TrainedRole]:
@@ -243,16 +267,15 @@ class Session:
                 trained[role.name] = self.roles[role.name]
         return trained
 
-    def _resume(self, loop: Loop, tracker: Tracker, attempt: Attempt, first_step: int) -> None:
-        """Brings the loop to where the run stands. `first_step`: the step that the tracker goes on
-        behind."""
+    def _resume(self, loop: Loop, tracker: Tracker, attempt: Attempt) -> None:
+        """Brings the loop to where the run stands."""
         if not SUPERVISION.took_over:  # a full disk does not end a run that was under way
             loop.try_saving()
         loop.saving.begins_after = SUPERVISION.state.get("begins_after", 0)
         steps = logged_steps(self.directory)
-        loop.trained_steps = [trained for trained in steps if trained.step <= first_step]
+        loop.trained_steps = [trained for trained in steps if trained.step <= self._first_step]
         loop.resume()
-        if loop.step < first_step:  # the newest commit is damaged: its metrics go with it
+        if loop.step < self._first_step:  # the newest commit is damaged: its metrics go with it
             tracker.rewind(loop.step, attempt.number)
         is_new = not (self.directory / CONFIG).exists()
         if not self._is_described and (is_new or not loop.ends):
@@ -414,78 +437,3 @@ def _release_process(session: Session) -> None:
 def current_session() -> Session | None:
     """The session that is open in this process, for whoever lost hold of it."""
     return _OPEN
-
-
-def with_precision_of_machines(
-    prepared: Preparation, pools: Mapping[str, ResourcePool], cluster: ClusterInfo | None
-) -> Preparation:
-    """precision=auto as the run's own devices have it: bf16 only where all of them compute it.
-
-    They are asked where they may differ from this machine's.
-    """
-    here = prepared.config.device is Device.cpu and (cluster is None or len(cluster.nodes) == 1)
-    if here or not prepared.precision_line:
-        return prepared
-    answers: list[bool] = []
-    for pool in pools.values():
-        answers += each(spawn(MachineWorker, pool, None, role="machine").computes_bf16)
-    if any(answers) and not all(answers):
-        LOGGER.warning(
-            "precision=auto: %d of the run's %d devices lack native bfloat16, so all compute in fp32",
-            len(answers) - sum(answers),
-            len(answers),
-        )
-    return prepared.with_precision(native_precision(all(answers)))
-
-
-def spawn_roles(
-    placement: Placement, pools: Mapping[str, ResourcePool], *, draws_ahead: bool = False
-) -> dict[str, Any]:
-    """A handle for every role, and placeholders for those that nothing asks for; an actor whose
-    generation has a pool of its own, or whose responses are drawn ahead, is still one handle."""
-    handles = spawn_all(
-        {role.name: (role.worker, pools[role.pool], role.config) for role in placement.roles}
-    )
-    if draws_ahead:
-        actor = streaming_actor(placement, handles, pools)
-        handles.pop(GENERATION, None)
-        handles["actor"] = actor
-    elif GENERATION in handles:
-        training, generation = (pools[placement.pool_of[name]] for name in ("actor", GENERATION))
-        handles["actor"] = SplitActor.of(
-            handles["actor"], handles.pop(GENERATION), training, generation
-        )
-    return handles | placeholder_roles(placement, handles)
-
-
-def start_tracker(
-    config: RunConfig, directory: Path, first_step: int, num_steps: int, attempt: Attempt
-) -> Tracker:
-    """The metrics of this run; what an earlier one logged after `first_step` is dropped. It raises
-    Fenced once another attempt has taken the run over."""
-    return Tracker(
-        config.metrics,
-        directory,
-        total_steps=num_steps,
-        start_step=first_step,
-        run_config=settings_tree(config),
-        before_writing=attempt.check,
-    )
-
-
-def goes_on(loop: LoopConfig) -> LoopConfig:
-    """The loop's settings in a controller that takes over from a dead one: once the run has a
-    commit, that is where it goes on, whatever loop.resume says of its beginning."""
-    if SUPERVISION.state.get("furthest", -1) < 0:
-        return loop
-    return replace(loop, resume="auto")
-
-
-def start_step(resume: str, store: CheckpointStore, memory: MemoryPlace | None = None) -> int:
-    """The step that the run goes on from, 0 included; metrics of later ones are dropped. -1: none."""
-    if resume == "never":
-        return -1
-    if resume == "auto":
-        commits = Saving({}, store, memory).commits()
-        return commits[0].step if commits else -1
-    return checkpoint_at(Path(resume)).step
