@@ -146,33 +146,7 @@ class VllmEngine(GenerationEngine):
         self._has_weights = True
         self._text_config = text_config
         self._routes: RouteTable | None = None
-        fast_sum = sums_through_peers(context, config)
-        environment = vllm_environment(context, config, fast_sum=fast_sum)
-        with activity("building vLLM"), preserve_process_state(context, environment):
-            from vllm.distributed.parallel_state import model_parallel_is_initialized
-
-            from workers.generation.vllm.sampler import TrainerSampler
-
-            self._owns_groups = not model_parallel_is_initialized()
-            if layout is not None and self._owns_groups:
-                build_vllm_groups(replicas_of(layout), fast_sum=fast_sum)
-            built: list[nn.Module] = []
-            with own_classes(built):
-                self.llm = build_llm(
-                    model,
-                    config,
-                    text_config,
-                    load_weights=load_weights,
-                    cuda=context.device.startswith("cuda"),
-                    fast_sum=fast_sum,
-                    lora=lora,
-                    sees_images=sees_images,
-                )
-                built.append(model_runner(self.llm).get_model())
-            # vLLM's own finalizer would destroy torch.distributed's world, which is the pool's.
-            self.llm.llm_engine.engine_core._finalizer.detach()
-            self._sampler = TrainerSampler(model_runner(self.llm))
-            model_runner(self.llm).sampler = self._sampler
+        self._build(model, config, context, load_weights=load_weights, replicas=layout, lora=lora)
         self._max_model_len = self.llm.model_config.max_model_len
         self._keys = itertools.count()
         self._requests: dict[int, str] = {}
@@ -189,6 +163,46 @@ class VllmEngine(GenerationEngine):
         self._check_groups(context.rank)
         prepare_pipeline(self.llm)
         run_one_batch_at_a_time(self.llm)
+
+    def _build(
+        self,
+        model: ModelConfig,
+        config: GenerationConfig,
+        context: RankContext,
+        *,
+        load_weights: bool,
+        replicas: Layout | None,
+        lora: LoraConfig | None,
+    ) -> None:
+        """vLLM with the trainer's sampler. `replicas`: the layout whose replicas are made groups; None
+        leaves groups to vLLM."""
+        fast_sum = sums_through_peers(context, config)
+        environment = vllm_environment(context, config, fast_sum=fast_sum)
+        with activity("building vLLM"), preserve_process_state(context, environment):
+            from vllm.distributed.parallel_state import model_parallel_is_initialized
+
+            from workers.generation.vllm.sampler import TrainerSampler
+
+            self._owns_groups = not model_parallel_is_initialized()
+            if replicas is not None and self._owns_groups:
+                build_vllm_groups(replicas_of(replicas), fast_sum=fast_sum)
+            built: list[nn.Module] = []
+            with own_classes(built):
+                self.llm = build_llm(
+                    model,
+                    config,
+                    self._text_config,
+                    load_weights=load_weights,
+                    cuda=context.device.startswith("cuda"),
+                    fast_sum=fast_sum,
+                    lora=lora,
+                    sees_images=self._images is not None,
+                )
+                built.append(model_runner(self.llm).get_model())
+            # vLLM's own finalizer would destroy torch.distributed's world, which is the pool's.
+            self.llm.llm_engine.engine_core._finalizer.detach()
+            self._sampler = TrainerSampler(model_runner(self.llm))
+            model_runner(self.llm).sampler = self._sampler
 
     def record_routes(self) -> tuple[int, int]:
         check_declared(self._text_config, REPLAYS)
