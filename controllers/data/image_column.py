@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from controllers.data.config import DataConfig
-from controllers.data.images import ColumnImages
+from controllers.data.images import ColumnImages, has_images, has_marks
 from controllers.data.messages import MISSING, find_value, is_null
 from controllers.data.sources import SourceRow
 
@@ -25,6 +25,8 @@ USUAL_COLUMNS = (USUAL_COLUMN, "image")
 """The columns that it stands for; rows of text alone have none of them."""
 OF_THE_HUB = {"bytes", "path"}
 """The keys of an image in the columns of the hub."""
+ABSENT = dict.fromkeys(OF_THE_HUB)
+"""A row without an image in a table whose image is a group of two columns."""
 
 
 def image_columns(config: DataConfig) -> tuple[str, ...]:
@@ -93,7 +95,7 @@ class NamedColumn:
 
 
 def _listed(value: Any) -> list[Any]:
-    if is_null(value):
+    if is_null(value) or value == ABSENT:
         return []
     return value if isinstance(value, list) else [value]
 
@@ -105,11 +107,29 @@ def looks_like_images(images: ColumnImages, config: DataConfig) -> bool:
     return any(map(_looks_like_an_image, images.values))
 
 
+def check_all_read(row: SourceRow, config: DataConfig, messages: Sequence[dict[str, Any]]) -> None:
+    """A ValueError where a row whose messages have no image has some in a column of another name: the
+    model would be asked about what it is not shown. A path in such a column is an image's only where
+    the messages have a mark for one."""
+    if not is_usual(config) or column_images(row, config).is_there or has_images(messages):
+        return
+    marked = has_marks(messages)
+    for name, value in row.values.items():
+        values = [each for each in _listed(value) if marked or not isinstance(each, str)]
+        if any(map(_looks_like_an_image, values)):
+            raise ValueError(
+                f"{row.place}: {name!r} has images and is not read; set data.images_column={name}, or to "
+                "null to leave them out"
+            )
+
+
 def _looks_like_an_image(value: Any) -> bool:
+    if isinstance(value, dict) and set(value) == OF_THE_HUB:
+        # Sounds have the same two keys; a name without a known end may be an image's.
+        kind, _ = mimetypes.guess_type(value["path"] or "")
+        return value != ABSENT and (kind is None or kind.startswith("image/"))
     if isinstance(value, str):
         kind, _ = mimetypes.guess_type(value)
         return kind is not None and kind.startswith("image/")
-    if isinstance(value, dict):
-        return set(value) == OF_THE_HUB
     # A text model's rows need no import of PIL.
     return isinstance(value, bytes | bytearray) or type(value).__module__.startswith("PIL.")

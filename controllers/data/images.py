@@ -50,9 +50,9 @@ def image_part(place: str, row: SourceRow, part: Mapping[str, Any]) -> dict[str,
     """The part with its image as a reference, or without one where the column has it."""
     value = part.get(IMAGE)
     for name in (IMAGE_URL, "url", "path", "bytes"):
-        if value is None:
+        if value is None or value == {}:  # a group of columns that are all null
             value = part.get(name)
-    if value is None:
+    if value is None or value == {}:
         return {"type": IMAGE}
     return {"type": IMAGE, IMAGE: stored_reference(place, row, value)}
 
@@ -219,6 +219,11 @@ def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 def has_images(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a message has an image, or a place for one."""
     return any(is_image_part(part) for message in messages for part in parts_of(message))
+
+
+def has_marks(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a text has a mark for an image of a column."""
+    return any(map(_num_marks, messages))
 
 
 def images_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

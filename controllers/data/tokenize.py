@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
 from controllers.data.image_column import (
+    check_all_read,
     column_images,
     every_column,
     image_columns,
@@ -118,6 +119,9 @@ class PromptTokenizer:
                 f"{row.place}: {self.config.prompt_column!r} is text, and the row has images in "
                 f"{images.name!r}; store prompts as messages, or set data.text_as_user_message=true"
             )
+        else:
+            text = str(value_of(row, self.config.prompt_column, "data.prompt_column"))
+            check_all_read(row, self.config, [{"role": "user", "content": text}])
 
     def _check_unseen(self, row: SourceRow) -> None:
         """A ValueError where a column has images for a model that sees none."""
@@ -133,6 +137,7 @@ class PromptTokenizer:
         not see."""
         if self.images is not None:
             column = column_images(row, self.config)
+            check_all_read(row, self.config, messages)
             return with_column_images(row, messages, column, usual=is_usual(self.config))
         if has_images(messages):
             raise ValueError(f"{row.place}: a message has an image, and {self.blind}")

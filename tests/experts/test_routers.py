@@ -18,6 +18,7 @@ from tests.experts.plain import (
     PlainStep,
     load_mixture,
     plain_step,
+    save_tiny_mixture,
 )
 from workers.config import ModelConfig
 from workers.engines.base import Head
@@ -50,6 +51,28 @@ def test_equals_loops_over_tokens(root: Path, world: None, family: str) -> None:
             (shard,) = parameter.shards
             wanted = expected.parameters[parameter.name]
             assert_close(shard.tensor, wanted, rtol=0.0, atol=EXACT, msg=f"{way}: {parameter.name}")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("deepseek_v3", {"n_shared_experts": 0}),
+        ("mixtral", {"router_jitter_noise": 0.3}),
+        ("qwen3_moe", {"tie_word_embeddings": True, "norm_topk_prob": False}),
+    ],
+    ids=str,
+)
+def test_mixtures_with_other_settings(
+    tmp_path: Path, world: None, family: str, settings: dict[str, Any]
+) -> None:
+    """No shared experts, whose matrices then have no numbers; noise before the router, which is left out;
+    tied embeddings."""
+    path = save_tiny_mixture(tmp_path / "model", family, **settings)
+    batch = rows_with_a_shared_prompt()
+    expected = plain_step(load_mixture(path), batch, COEFFICIENT)
+    for name in ("fsdp", "threed"):
+        engine = make_engine(path, engine=name, router_aux_loss_coefficient=COEFFICIENT)
+        compare(engine.train_step(batch, loss_fn, entropy=True, temperature=TEMPERATURE), expected)
 
 
 def compare(metrics: dict[str, float], expected: PlainStep) -> None:

@@ -96,6 +96,50 @@ def test_images_that_are_named_twice(folder: Path, images: ImageProcessor) -> No
     assert reference.path == str(folder / "b.png")
 
 
+@pytest.mark.parametrize("kind", ["bytes and path", "list", "path"])
+def test_images_in_a_column_of_another_name(
+    folder: Path, images: ImageProcessor, kind: str
+) -> None:
+    """A model must not be asked about an image that it is not shown; a path is one where a mark says so."""
+    stored = {"bytes": png(square("red", 28, 56)), "path": None}
+    value = {"bytes and path": stored, "list": [stored], "path": "a.png"}[kind]
+    for number, prompt in enumerate([MARKED, PLAIN]):
+        path = folder / f"{number}.parquet"
+        rows = [{"prompt": prompt, "picture": value}]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        config = DataConfig(train=str(path), answer_column=None)
+        if kind == "path" and prompt is PLAIN:
+            assert PromptDataset.load(config, str(path), make_tokenizer(), images=images)
+            continue
+        with pytest.raises(ValueError, match=r"'picture' has images and is not read; set data\.im"):
+            PromptDataset.load(config, str(path), make_tokenizer(), images=images)
+        for name, count in (("picture", 1), (None, 0)):
+            chosen = DataConfig(train=str(path), answer_column=None, images_column=name, columns=[])
+            loaded = PromptDataset.load(chosen, str(path), make_tokenizer(), images=images)
+            assert loaded.num_images == count
+
+
+def test_other_values_are_left_alone(folder: Path, images: ImageProcessor) -> None:
+    """Sounds have the hub's two keys too, and a row with images may have others for its reward."""
+    sound = {"bytes": None, "path": "a.wav"}
+    assert load(folder, images, {"prompt": PLAIN, "sound": sound}).num_images == 0
+    target = {"bytes": None, "path": "b.png"}
+    assert load(folder, images, {"prompt": IN_CONTENT, "target": target}).num_images == 1
+    assert (
+        load(folder, images, {"prompt": PLAIN, "image": "a.png", "target": target}).num_images == 1
+    )
+
+
+def test_rows_without_an_image_in_groups_of_columns(folder: Path, images: ImageProcessor) -> None:
+    """Some writers make a group of two nulls of a row's missing image."""
+    none = {"bytes": None, "path": None}
+    part = [{"role": "user", "content": [{"type": "image", "image": none}]}]
+    rows = [{"prompt": PLAIN, "image": none}, {"prompt": PLAIN, "picture": none}]
+    rows.append({"prompt": part, "image": "a.png"})
+    loaded = load(folder, images, *rows, columns=[])
+    assert [len(found) for found in loaded.all().objects("images")] == [0, 0, 1]
+
+
 def test_a_column_that_no_row_has(folder: Path, images: ImageProcessor) -> None:
     problem = refusal(folder, images, {"prompt": PLAIN}, images_column="pictures")
     assert problem.startswith("data.images_column is 'pictures', and no row of data.train has it")

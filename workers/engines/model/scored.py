@@ -47,6 +47,7 @@ class ScoredModel(nn.Module):
         self._scorer: TokenScorer | None = None
         self._read_positions: Tensor | None = None
         model.eval()
+        _freeze_empty(model)
         follow_row_lengths(model)
         place_images(model)
         routers = find_routers(model)
@@ -167,3 +168,11 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 def parameter_bytes(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of all parameters in `dtype`; works on meta."""
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def _freeze_empty(model: PreTrainedModel) -> None:
+    """Parameters without numbers (shared experts of which there are none) are not trained: collectives
+    refuse empty gradients."""
+    for parameter in model.parameters():
+        if not parameter.numel():
+            parameter.requires_grad_(False)
