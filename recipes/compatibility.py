@@ -13,7 +13,7 @@ from collections.abc import Sequence, Set
 from transformers import PreTrainedTokenizerBase
 
 from controllers import algorithm_entry
-from controllers.data import PromptDataset, load_tokenizer
+from controllers.data import PromptDataset, RowDataset, load_tokenizer
 from recipes.checks import most_tokens
 from recipes.config import RunConfig
 from recipes.roles import SCORERS, Role, role_kind, role_names
@@ -78,6 +78,20 @@ def check_text(field: str, longest_tokens: int, model: ModelConfig, setting: str
         raise ValueError(
             f"{field}: its longest row has {longest_tokens} tokens, and the model's limit is "
             f"{limit}; set {setting}={limit} or lower"
+        )
+
+
+def log_overlap(train: RowDataset, held_out: RowDataset) -> None:
+    """Says how many of the validation's prompts are trained on."""
+    prompts = {train.part(row, 0).tobytes() for row in range(len(train))}
+    shared = [row for row in range(len(held_out)) if held_out.part(row, 0).tobytes() in prompts]
+    if shared:
+        LOGGER.warning(
+            "data.validation: %d of %d prompts are in data.train too (the first: %s); the validation's "
+            "reward is partly that of rows that are trained on",
+            len(shared),
+            len(held_out),
+            held_out.place(shared[0]),
         )
 
 

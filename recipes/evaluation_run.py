@@ -30,7 +30,6 @@ def answers(config: RunConfig) -> Iterator[tuple[Batch, Preparation]]:
     if config.graph:
         print(to_mermaid(check_dataflow(place(config))))
         return
-    check_samples(config)
     prepared = prepare(config)
     if config.dry_run:
         print(dry_run_report(prepared))
@@ -44,13 +43,3 @@ def answers(config: RunConfig) -> Iterator[tuple[Batch, Preparation]]:
             batch = algorithm.answer(prompts.rows(rows).repeat(config.algorithm.samples_per_prompt))
             yield batch.local(batch.columns), prepared
             session.wait()
-
-
-def check_samples(config: RunConfig) -> None:
-    samples = config.algorithm.samples_per_prompt
-    if samples > 1 and config.actor.generation.sampling.greedy:
-        raise ValueError(
-            f"algorithm.samples_per_prompt is {samples} with "
-            "actor.generation.sampling.greedy=true: all samples would be the same; set "
-            "actor.generation.sampling.greedy=false, and a temperature"
-        )

@@ -29,6 +29,7 @@ from recipes.compatibility import (
     check_prompts,
     check_text,
     check_vocabularies,
+    log_overlap,
 )
 from recipes.config import PlacementMode, RunConfig
 from recipes.episodes import check_environment, check_template
@@ -44,10 +45,11 @@ from recipes.placing import (
     placement_report,
     without_weights,
 )
+from recipes.questions import check_question
 from recipes.roles import GENERATION, role_kind
 from recipes.same_run import check_same_run
 from recipes.schedules import with_schedules
-from recipes.text_settings import log_left_out, smallest_vocabulary, with_text
+from recipes.text_settings import log_left_out, smallest_vocabulary, with_date, with_text
 from recipes.trial import try_policy_loss
 from workers.agents.workers import EpisodeActor
 from workers.columns import IMAGES
@@ -121,10 +123,12 @@ def prepare(config: RunConfig) -> Preparation:
     check_resume(config.loop.resume)
     if config.algorithm.name not in QUESTIONS:
         check_same_run(placement)
+    else:
+        check_question(config)
     dataflow = check_dataflow(placement)
     check_models(placement)
     tokenizer = load_tokenizer(config.model)
-    config = with_text(config, tokenizer)
+    config = with_date(with_text(config, tokenizer), tokenizer)
     check_template(config, tokenizer)
     placement = place(config)
     check_vocabularies(config, placement.roles, tokenizer)
@@ -138,6 +142,7 @@ def prepare(config: RunConfig) -> Preparation:
         held_out = train
     elif config.data.validation:
         held_out = load_rows(placement, "validation", tokenizer)
+        log_overlap(train, held_out)
     check_images(placement.roles, [train, held_out])
     pretraining = load_pretraining(placement, tokenizer)
     placement = place(with_generation_lengths(placement, train, held_out))
@@ -200,7 +205,7 @@ def load_rows(placement: Placement, name: str, tokenizer: PreTrainedTokenizerBas
         images=image_processor(config.model),
     )
     if isinstance(rows, PromptDataset):
-        check_prompts(f"data.{name}", rows.longest_prompt_tokens, config.actor)
+        check_prompts(_field(config, name), rows.longest_prompt_tokens, config.actor)
         check_columns_of(config, name, _field(config, name), rows)
     else:
         check_text(f"data.{name}", rows.longest_tokens, config.model, f"data.{rows.length_limit}")

@@ -6,18 +6,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
+from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from controllers import QUESTIONS
 from controllers.data.tokenize import settled_template
 from recipes.config import NO_MODEL, RunConfig
 from recipes.roles import Role
+from recipes.settings_history import CONFIG
 from workers.config import ModelConfig
 from workers.generation.config import SamplingConfig
 from workers.generation.sampling import with_special_stops
 from workers.role_config import JudgeConfig, RewardConfig
-from workers.text import ResponseReader, end_token_ids
+from workers.text import ResponseReader, end_token_ids, writes_the_date
 from workers.tokenizer import load_tokenizer
 
 LOGGER = logging.getLogger(__name__)
@@ -49,6 +54,21 @@ def with_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunConfi
             changes[name] = replace(role, model=model)
     config = replace(config, **changes)
     return _with_stops(config, tokenizer)
+
+
+def with_date(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunConfig:
+    """The settings with data.date filled in where the chat template writes the day's date: the day of
+    the run that goes on, else today."""
+    template = settled_template(tokenizer, config.data)
+    if config.data.date is not None or not writes_the_date(template):
+        return config
+    day, settings = None, Path(config.output_dir) / CONFIG
+    goes_on = config.algorithm.name not in QUESTIONS and config.loop.resume != "never"
+    if goes_on and settings.is_file():
+        day = yaml.safe_load(settings.read_text(encoding="utf-8"))["data"].get("date")
+    day = day or date.today().isoformat()
+    LOGGER.info("the chat template writes the day's date; data.date is %s for all of the run", day)
+    return replace(config, data=replace(config.data, date=str(day)))
 
 
 def same_tokens(model: ModelConfig, other: ModelConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -10,6 +11,9 @@ from transformers import AutoConfig, PretrainedConfig
 from workers.config import ModelConfig
 from workers.hub import check_reachable
 
+PLACES = ("huggingface", "*/huggingface", "checkpoints/*/huggingface", "snapshots/*", "*")
+"""Where a model stands below a directory that is none."""
+ADAPTER = "adapter_config.json"
 MISFITS = (StrictDataclassError, AttributeError, LookupError, TypeError, ArithmeticError)
 """Errors that transformers' code raises for values that its authors did not think of ("dtype": "bf16", a kind
 of rotary embedding that does not exist, fewer layer_types than layers)."""
@@ -27,6 +31,17 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         raise ValueError(in_a_line(error)) from error
     assert isinstance(config, PretrainedConfig)
     return config
+
+
+def model_below(path: str) -> Path | None:
+    """The newest model within the directory of a run, of a step, of its checkpoints, or of the hub's
+    cache; None where there is none."""
+    for pattern in PLACES:
+        place = Path(path)
+        found = [*place.glob(f"{pattern}/config.json"), *place.glob(f"{pattern}/{ADAPTER}")]
+        if found:
+            return max(found).parent
+    return None
 
 
 def in_a_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ tokens and batches."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import date
 from enum import StrEnum
 from typing import Any
 
@@ -97,6 +98,9 @@ class DataConfig:
     chat_template_options: dict[str, Any] = field(default_factory=dict)
     """Variables of the chat template, such as enable_thinking: false; the trained model is saved
     with a template that has them as defaults."""
+    date: str | None = None
+    """Day, as 2026-11-27, that a chat template writes where it writes the day's date (Llama 3.2's);
+    null: the day on which the run began."""
     tools_column: str | None = "tools"
     """Tools (JSON schemas, as a list or as JSON text) that the chat template is given, where the
     data has such a column; null for none."""
@@ -121,6 +125,11 @@ class DataConfig:
         for name, value in vars(self).items():
             if value is not None and name in least and value < least[name]:
                 raise ValueError(f"data.{name} is {value}; use at least {least[name]}")
+        if self.date is not None:
+            try:
+                date.fromisoformat(self.date)
+            except ValueError:
+                raise ValueError(f"data.date is {self.date!r}; use a day as 2026-11-27") from None
         if isinstance(self.seed, int) and self.seed < 0:  # a text refers to the run's seed
             raise ValueError(f"data.seed is {self.seed}, its own or the run's seed; use 0 or more")
         for name in ("train", "validation", "pretraining"):

@@ -37,7 +37,7 @@ from controllers.data.messages import (
 from controllers.data.sources import SourceRow
 from workers.images import ImageProcessor
 from workers.images.families import FAMILIES
-from workers.text import Beginning, bake_options
+from workers.text import Beginning, bake_options, dated
 from workers.text.endings import TEMPLATE_ERRORS
 
 LOGGER = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class PromptTokenizer:
         """`images`: of a model that sees them. `blind`: why images are refused where there is none, and
         what to do."""
         self.tokenizer, self.config, self.images, self.blind = tokenizer, config, images, blind
-        self.template = settled_template(tokenizer, config)
+        self.template = dated(settled_template(tokenizer, config), config.date)
         self.beginning = Beginning(tokenizer)
         self.tools_checked = False
 
@@ -161,6 +161,12 @@ class PromptTokenizer:
     def render(self, row: SourceRow, messages: Any, *, generation_prompt: bool = True) -> str:
         """The text that the chat template makes of the messages."""
         if self.template_for() is None:
+            if isinstance(self.template, dict):
+                raise ValueError(
+                    f"{row.place}: the prompt is a list of chat messages, and the tokenizer's chat "
+                    f"templates are {', '.join(sorted(self.template))}, none of them default; set "
+                    "data.chat_template to a file with one of them"
+                )
             raise ValueError(
                 f"{row.place}: the prompt is a list of chat messages, but the tokenizer has no "
                 "chat template; set data.chat_template to a file with one, use an "

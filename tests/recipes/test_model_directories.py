@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
 )
 
 from recipes.python_api import dry_run, run
@@ -258,3 +259,21 @@ def test_scores_of_one_label_are_those_of_transformers(
     theirs = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
     assert torch.equal(mine(ids).logits, theirs(ids).logits)
     assert mine.config.id2label == config.get("id2label", {0: "LABEL_0"})
+
+
+def test_chat_templates_and_endings_that_can_not_be_read_are_told(
+    root: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(root / "model", tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = {"rag": "{{ messages }}", "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(model)
+    row = {"prompt": [{"role": "user", "content": "5"}], "answer": "0"}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    values = settings(root, policy=model)
+    chat: dict[str, object] = {"data.train": tmp_path / "chat.jsonl", "data.batch_size": 1}
+    with pytest.raises(ValueError, match="templates are rag, tool_use, none of them default; set"):
+        dry_run("grpo", values | chat, reward=by_length)
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"its generation_config.json can't be read, which names"):
+        dry_run("grpo", values, reward=by_length)

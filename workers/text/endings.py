@@ -104,8 +104,13 @@ def _of_the_model(
     try:
         generation = GenerationConfig.from_pretrained(model.path, revision=model.revision)
         ends = set(_listed(generation.eos_token_id))
-    except OSError:  # the model has no generation_config.json
-        ends = set()
+    except OSError as error:
+        if (Path(model.path) / GENERATION_CONFIG_NAME).is_file():
+            raise ValueError(
+                f"model.path is {model.path!r}: its {GENERATION_CONFIG_NAME} can't be read, which names "
+                "the tokens that end a response; correct or remove it"
+            ) from error
+        ends = set()  # the model has none
     special: set[int] = set()
     if tokenizer is not None:
         special = set(special_tokens(tokenizer).values())

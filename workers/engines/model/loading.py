@@ -61,7 +61,7 @@ from workers.engines.model.scored import score_head
 from workers.engines.model.tensor_parts import Parts
 from workers.images import family_of
 from workers.images.families import FAMILIES
-from workers.published import MISFITS, in_a_line, read_config
+from workers.published import MISFITS, in_a_line, model_below, read_config
 from workers.quiet import quiet
 from workers.weight_files import check_weight_files
 
@@ -335,7 +335,9 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
             ) from error
         # The hub's remarks on how names are written help nobody who gave a directory.
         missing = Path(config.path).is_absolute() and not Path(config.path).exists()
-        why = "there is no such directory" if missing else str(error)
+        why = "there is no such directory" if missing else " ".join(str(error).split())
+        if below := model_below(config.path):
+            why = f"there is one in {below}; set model.path to that"
         raise ValueError(
             f"model.path is {config.path!r}: neither a directory with a Hugging Face config.json "
             f"nor a reachable hub name; {why}"
