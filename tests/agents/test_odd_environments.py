@@ -68,14 +68,14 @@ def test_numbers_of_numpy_and_torch(returned: Any, reward: float) -> None:
     [
         (
             ("", True, None),
-            "a reward of 'None'; return one finite number, 0 where nothing was earned",
+            "a reward of None; return one finite number, 0 where nothing was earned",
         ),
         (("", True, "good"), "a reward of 'good'; return one finite"),
         (None, "step returned 'None'; return"),
-        (("", True, 10**400), "a reward of 'an integer beyond floats'; return one finite number"),
-        (("", True, 10**5000), "a reward of 'an integer beyond floats'; return one finite number"),
-        (("", True, torch.tensor([1.0, 2.0])), r"a reward of 'tensor\(\[1., 2.\]\)'; return one"),
-        (("", True, np.array([1.0, 2.0])), "a reward of '.1. 2..'; return one finite number"),
+        (("", True, 10**400), "a reward of 10000+; return one finite number"),
+        (("", True, 10**5000), "a reward of an integer of thousands of digits; return one finite"),
+        (("", True, torch.tensor([1.0, 2.0])), r"a reward of tensor\(\[1., 2.\]\); return one"),
+        (("", True, np.array([1.0, 2.0])), r"a reward of array\(\[1., 2.\]\); return one finite"),
         ({"observation": "", "done": "false", "reward": 0}, "done='false'; return True or False"),
         ({"observation": "", "done": None, "reward": 0}, "done='None'; return True or False"),
         (("", 0.0, "no", False, {}), "terminated='no'; return True or False"),
@@ -159,6 +159,27 @@ def test_a_mistake_names_its_environment() -> None:
 
     with pytest.raises(EnvironmentMistake, match=r"^environment=test: a message .* type 'image'"):
         run(image, 2)
+
+
+@pytest.mark.parametrize(
+    "returned, what",
+    [
+        (10**400, "a reward of 10000"),
+        pytest.param(10**5000, "a reward of an integer of thousands of digits", id="huge"),
+        (torch.tensor([1.0, 2.0]), "a reward of tensor"),
+        (np.array([1.0, 2.0]), "a reward of array"),
+        (Outcome(reward=1.0, turn_rewards=[10**400]), "a turn's reward of 10000"),
+        (Outcome(reward=1.0, metrics={"a": float("inf")}), "metrics.'a'. of inf"),
+        (float("nan"), "a reward of nan"),
+    ],
+)
+def test_what_an_episode_must_not_return(returned: Any, what: str) -> None:
+    async def episode(model: Model, task: dict[str, Any]) -> Any:
+        await model.reply([{"role": "user", "content": "a"}])
+        return returned
+
+    with pytest.raises(EnvironmentMistake, match=f"environment=test: .* {what}.*; return a finite"):
+        run(episode, 1)
 
 
 class Exits(BaseException):

@@ -38,8 +38,9 @@ class EpisodeConfig:
     """How often an episode that failed (its code raised, or took too long) starts again, with a
     fresh environment and the same draws."""
     max_given_up: float = 0.25
-    """The run stops where more than this share of a step's groups (the episodes of one prompt) had
-    one that failed every time; a group that is given up is not trained on."""
+    """The run stops before the update of a step where more than this share of its groups (the
+    episodes of one prompt), over all rounds, had one that failed every time; nothing is learned
+    from a group that is given up, and it counts in no mean."""
     lockstep: bool = True
     """Ask the generation engine when every live episode waits for it, so that a run does not depend
     on how long environments take; false asks when half of them wait and no others have joined

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from workers.agents.model import Model
-from workers.agents.outcome import EnvironmentMistake, LimitReached, Outcome
+from workers.agents.outcome import EnvironmentMistake, LimitReached, Outcome, shortened
 from workers.agents.renderer import Message
 from workers.agents.threads import call
 
@@ -124,10 +124,9 @@ def number_of(reward: Any) -> float:
     try:
         return float(reward)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        said = str(reward)[:80] if not isinstance(reward, int) else "an integer beyond floats"
         raise EnvironmentMistake(
-            f"the environment's step returned a reward of {said!r}; return one finite number, 0 "
-            "where nothing was earned"
+            f"the environment's step returned a reward of {shortened(reward)}; return one finite "
+            "number, 0 where nothing was earned"
         ) from None
 
 

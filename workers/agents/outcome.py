@@ -92,11 +92,19 @@ def _number(value: Any, what: str, name: str) -> float:
     """The value as a float that is finite in single precision, which columns have."""
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not abs(number) <= LARGEST:
         raise EnvironmentMistake(
-            f"environment={name}: the episode returned {what} of {repr(value)[:80]}; return a finite "
+            f"environment={name}: the episode returned {what} of {shortened(value)}; return a finite "
             "number or an Outcome"
         )
     return number
+
+
+def shortened(value: Any) -> str:
+    """What it is, for a message."""
+    try:
+        return repr(value)[:80]
+    except ValueError:  # an integer of more digits than Python writes
+        return "an integer of thousands of digits"
