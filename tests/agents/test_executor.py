@@ -229,3 +229,33 @@ def test_agents_in_threads_do_not_wait_for_one_another() -> None:
     assert [len(rows) for rows in rounds] == [79, 79]
     assert sum(episode.outcome is not None for episode in finished) == 79
     assert "SystemExit: 3" in finished[7].failures[0].text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_an_episode_leaves_behind_is_over_with_it(fails: bool) -> None:
+    """Requests of tasks that nobody awaits are neither drawn into the row nor mixed up with those of
+    the next attempt, which would wait for ever."""
+    attempts = 0
+
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        nonlocal attempts
+        attempts += 1
+        await model.reply([5])
+
+        async def asks_on() -> None:
+            while True:
+                await model.reply([6])
+
+        behind.extend(asyncio.create_task(asks_on()) for _ in range(3))
+        await asyncio.sleep(0)
+        if fails and attempts == 1:
+            raise ConnectionError("first")
+        return 1.0
+
+    behind: list[asyncio.Task[None]] = []
+    finished, _ = run(episode, 1, EpisodeConfig(retries=1))
+    assert finished[0].outcome is not None and attempts == 1 + fails
+    assert finished[0].model.segments.num_turns == 1 and finished[0].model.transcript.turns
+    assert len(finished[0].model.ids) == 1 + finished[0].model.transcript.turns[0].length
+    assert len(finished[0].laps) == 2, "before the reply, and after it"
+    assert all(task.done() for task in behind)

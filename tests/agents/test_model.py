@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
+import numpy as np
 import pytest
+import torch
 
 from tests.agents.chat import STRIPS, conversation, drawn, saying
 from workers.agents.config import EpisodeConfig, History
@@ -156,3 +158,19 @@ def test_text_and_ids_are_taken_as_they_are() -> None:
     by_ids = conversation(saying(["1"]))
     assert ask(by_ids, [70, 71]) == ["stop"]
     assert by_ids.ids[:2] == [70, 71]
+
+
+def test_arguments_of_a_reply() -> None:
+    """A stop may be one text; ids may be an array or a tensor; what is none is refused."""
+    model = conversation(saying(["one, two", "a", "b"]))
+    reply = asyncio.run(model.reply("x", stop=", "))
+    assert reply.text == "one"
+    asyncio.run(model.reply(np.array([5, 6])))  # type: ignore[arg-type]
+    asyncio.run(model.reply(torch.tensor([7])))  # type: ignore[arg-type]
+    observed = [
+        token for token, drawn in zip(model.ids, model.transcript.sampled, strict=True) if not drawn
+    ]
+    assert observed[-3:] == [5, 6, 7]
+    for options in ({"stop": [""]}, {"stop": ""}, {"max_tokens": "3"}, {"max_tokens": 0}):
+        with pytest.raises(EnvironmentMistake, match=next(iter(options))):
+            asyncio.run(model.reply("x", **options))  # type: ignore[arg-type]

@@ -72,11 +72,13 @@ class Clock:
         self.limit_s, self.late = limit_s, False
         self.laps: list[float] = []
         """Seconds before each reply, and after the last one."""
-        self._started = 0.0
+        self._started, self._before = 0.0, 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self, task: asyncio.Task[Any]) -> None:
+    def start(self, task: asyncio.Task[Any], *, again: bool = False) -> None:
+        """`again`: the last request got no reply, and its time belongs to the next one's."""
         self._started = time.perf_counter()
+        self._before = self.laps.pop() if again and self.laps else 0.0
 
         def cancel() -> None:
             self.late = True
@@ -88,7 +90,7 @@ class Clock:
 
     def stop(self) -> None:
         if self._timer is not None:
-            self.laps.append(time.perf_counter() - self._started)
+            self.laps.append(self._before + time.perf_counter() - self._started)
             self._timer.cancel()
             self._timer = None
 
@@ -251,19 +253,27 @@ class Episodes:
                     f"environment={self.name} calls model.reply in a loop of its own (asyncio.run in a "
                     "thread); await it in the episode, or give the thread the URL of an Endpoint"
                 )
+            if attempt.done():  # a task that the episode left behind
+                raise asyncio.CancelledError
             clock.stop()
             pending = Asked(request, self._loop.create_future())
+            waiting.add(pending.answer)
             with self._changed:
                 self._asked[row] = pending
                 self._changed.notify_all()
+            answered = False
             try:
-                return await pending.answer
+                reply = await pending.answer
+                answered = True
+                return reply
             finally:
+                waiting.discard(pending.answer)
                 with self._changed:
                     if self._asked.get(row) is pending:
                         del self._asked[row]
-                clock.start(attempt)
+                clock.start(attempt, again=not answered)
 
+        waiting: set[asyncio.Future[Drawn]] = set()
         model = self.make_model(row, draw)
         attempt = asyncio.create_task(self._outcome(model, task))
         clock.start(attempt)
@@ -292,6 +302,10 @@ class Episodes:
             failures.append(Failure(type(error).__name__, text))
             self._tell(row, text, f"{type(error).__name__} {where.filename} {where.lineno}")
         finally:
+            # The episode has ended: nobody reads what its tasks still ask for.
+            for answer in list(waiting):
+                answer.cancel()
+            await asyncio.sleep(0)
             clock.stop()
         return Finished(model=model, outcome=outcome, failures=failures, laps=clock.laps)
 

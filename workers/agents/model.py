@@ -8,6 +8,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from workers.agents.config import EpisodeConfig, History
 from workers.agents.outcome import EnvironmentMistake, LimitReached
 from workers.agents.renderer import END_OF_THOUGHT, Message, Renderer
@@ -144,7 +147,7 @@ class Model:
         new: Sequence[Message] | Sequence[int] | str,
         *,
         max_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Reply:
         """The policy's next turn.
 
@@ -173,9 +176,12 @@ class Model:
         self,
         new: Sequence[Message] | Sequence[int] | str,
         max_tokens: int | None,
-        stop: Sequence[str],
+        stop: str | Sequence[str],
     ) -> Reply:
         segments = self.segments
+        stop = (stop,) if isinstance(stop, str) else stop
+        if not all(stop):
+            raise EnvironmentMistake("model.reply: stop has an empty text; leave it out")
         left = self.limits.sampled_tokens - segments.num_sampled
         if not self._ended and segments.num_turns == self.config.max_turns:
             self._ended = "turns"
@@ -198,8 +204,8 @@ class Model:
             raise LimitReached("context")
         limit = min(space, left, self.limits.reply_tokens)
         if max_tokens is not None:
-            if max_tokens < 1:
-                raise EnvironmentMistake(f"model.reply: max_tokens={max_tokens}; use at least 1")
+            if not isinstance(max_tokens, int) or max_tokens < 1:
+                raise EnvironmentMistake(f"model.reply: max_tokens={max_tokens!r}; use at least 1")
             limit = min(limit, max_tokens)
         answer = await self.draw(
             Request(
@@ -276,7 +282,7 @@ class Model:
                 return self.renderer.text(new)
             before = self.renderer.tokenizer.decode(self.transcript.ids[-1:])
             return self.renderer.further_text(str(before), new)
-        items: list[Any] = list(new)
+        items: list[Any] = new.tolist() if isinstance(new, np.ndarray | Tensor) else list(new)
         if all(isinstance(item, dict) for item in items):
             return self._of_messages(items)
         if all(isinstance(item, int) for item in items):

@@ -103,7 +103,7 @@ def _number(value: Any, what: str, name: str) -> float:
 
 
 def shortened(value: Any) -> str:
-    """What it is, for a message."""
+    """The value as a message shows it."""
     try:
         return repr(value)[:80]
     except ValueError:  # an integer of more digits than Python writes
