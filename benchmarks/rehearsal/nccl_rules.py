@@ -120,7 +120,7 @@ def poison(tensor: Tensor) -> None:
     if tensor.is_floating_point():
         tensor.fill_(float("nan"))
     else:
-        tensor.view(torch.uint8).fill_(1 if tensor.dtype is torch.bool else 0x5A)
+        tensor.view(-1).view(torch.uint8).fill_(1 if tensor.dtype is torch.bool else 0x5A)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

@@ -192,6 +192,13 @@ REVERTS = (
         test=f"{REHEARSAL}test_vllm_settings.py -k graphs_open_no_memory",
     ),
     Revert(
+        finding="a ring's messages are told apart by tags",
+        file="workers/engines/model/ring.py",
+        fix="dist.P2POp(dist.isend, sent, group=group, group_peer=(rank + 1) % count)",
+        before="dist.P2POp(dist.isend, sent, group=group, group_peer=(rank + 1) % count, tag=1)",
+        test=f"-m '' {REHEARSAL}test_nccl_rules.py -k ranks_share",
+    ),
+    Revert(
         finding="3 the other build of vLLM is taken",
         file="workers/generation/vllm/build.py",
         fix="    if not kind or kind == needed:\n",

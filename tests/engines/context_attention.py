@@ -90,8 +90,9 @@ def plain(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, case: Case) -> Tensor:
     return torch.stack(outputs).view(TOKENS, HEADS, HEAD_DIM)
 
 
-def run(rank: int, root: Path, cases: list[Case]) -> None:
-    for world_size in worlds(rank, root, (4, 2)):
+def run(rank: int, root: Path, cases: list[Case], backend: str = "gloo") -> None:
+    for world_size in worlds(rank, root, (4, 2), backend):
+        dist.all_reduce(torch.zeros(1))  # a GPU's group begins with what all ranks join
         for case in cases:
             if case.world_size == world_size:
                 torch.save(_attend(case), root / f"{case.name}.{rank}.pt")

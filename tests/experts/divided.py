@@ -68,9 +68,10 @@ def batches() -> list[Sequences]:
     return [rows_with_a_shared_prompt(), make_sequences(3, 1), make_sequences(8, 2).rows([6, 7])]
 
 
-def run(rank: int, root: Path, out: Path, cases: list[Case]) -> None:
+def run(rank: int, root: Path, out: Path, cases: list[Case], backend: str = "gloo") -> None:
     """Worlds of 4 and 2 ranks one after the other in the same processes; models are in `root`."""
-    for world in worlds(rank, out, WORLDS):
+    sizes = [size for size in WORLDS if any(case.world == size for case in cases)]
+    for world in worlds(rank, out, sizes, backend):
         for case in cases:
             if case.world == world:
                 torch.save(train(rank, root, out, case), out / f"{case.name}.{rank}.pt")

@@ -19,7 +19,8 @@ from hybridflow.resharding import Executor, ShardMap, compile
 from hybridflow.resharding.analytic import generation, threed
 from hybridflow.resharding.grouping import vanilla
 from hybridflow.resharding.transport import GroupTransport
-from tests.engines import threed_workers
+from tests.engines import context_attention, threed_workers
+from tests.experts import divided
 from tests.resharding import gloo_cases
 from tests.resharding.simulated import allocate, full_tensors
 
@@ -184,3 +185,16 @@ def pipelines(rank: int, root: Path, worlds: list[tuple[int, list[threed_workers
     """Saving sends parts through host memory, which a world of GPUs sends over gloo."""
     nccl_rules.register(messages_from_host=True)
     threed_workers.run_worlds(rank, root, worlds, nccl_rules.BACKEND)
+
+
+def rows_that_ranks_share(rank: int, root: Path, cases: list[context_attention.Case]) -> None:
+    """Attention whose heads, keys or gradients travel between the ranks of a row."""
+    nccl_rules.register()
+    context_attention.run(rank, root, cases, nccl_rules.BACKEND)
+
+
+def divided_experts(rank: int, root: Path, cases: list[divided.Case]) -> None:
+    """Tokens that travel to their experts and back. Gathering parameters for the test sends from the
+    host."""
+    nccl_rules.register(messages_from_host=True)
+    divided.run(rank, root, root, cases, nccl_rules.BACKEND)

@@ -11,9 +11,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.engines.context_attention import Result as Part
+from tests.engines.context_attention import inputs, plain
+from tests.engines.test_context_attention import CASES as SHARED
+from tests.engines.test_context_attention import EXACT
 from tests.engines.test_threed import CASES, FP32
 from tests.engines.threed_cases import load_plain, plain_run, save_tiny_model
 from tests.engines.threed_workers import OPTIMIZER, Case, Job, Result, batches
+from tests.experts import divided
+from tests.experts.plain import load_mixture, plain_steps, save_tiny_mixture
+from tests.experts.test_routers import compare
 from tests.matrix import matrix
 from tests.ranks import run_ranks
 from tests.rehearsal import nccl_cases
@@ -49,6 +56,46 @@ def test_resharding_holds_the_rules(tmp_path: Path) -> None:
         for source in SOURCES:
             for row in result[source].values():
                 assert row["received"] == row["bound"]
+
+
+@pytest.mark.slow
+def test_rows_that_ranks_share_hold_the_rules(tmp_path: Path) -> None:
+    """Heads exchanged, keys gathered, and a ring whose keys and gradients are on their way at the same
+    time: NCCL has no tags, and the order of the messages alone says which is which."""
+    cases = [case for case in SHARED if case.window is None]
+    run_ranks(nccl_cases.rows_that_ranks_share, (tmp_path, cases), 4)
+    for case in cases:
+        *parts, weights, sinks = inputs(case.dtype)
+        for part in parts:
+            part.requires_grad_()
+        expected = plain(*parts, sinks, case)
+        gradients = torch.autograd.grad((weights * expected).sum(), parts)
+        for rank in range(case.world_size):
+            path = tmp_path / f"{case.name}.{rank}.pt"
+            result: Part = torch.load(path, weights_only=False)
+            assert_close(result.output, expected[result.tokens], rtol=0.0, atol=EXACT)
+            for gradient, whole in zip(result.gradients[:3], gradients, strict=True):
+                assert_close(gradient, whole[result.tokens], rtol=0.0, atol=10 * EXACT)
+
+
+@pytest.mark.slow
+def test_divided_experts_hold_the_rules(tmp_path: Path) -> None:
+    """Tokens that travel to their experts, with gathered and with whole layers: the numbers of one plain
+    process."""
+    save_tiny_mixture(tmp_path / "qwen3_moe", "qwen3_moe")
+    cases = [
+        divided.Case(ep=4, settings=(("tp", 2), ("activation_checkpointing", True))),
+        divided.Case(engine="threed", ep=4),
+    ]
+    run_ranks(nccl_cases.divided_experts, (tmp_path, cases), 4)
+    model = load_mixture(tmp_path / "qwen3_moe")
+    expected = plain_steps(model, divided.batches(), divided.COEFFICIENT)
+    for case in cases:
+        for rank in range(case.world):
+            path = tmp_path / f"{case.name}.{rank}.pt"
+            result: divided.Result = torch.load(path, weights_only=False)
+            for metrics, step in zip(result.metrics, expected, strict=True):
+                compare(metrics, step)
 
 
 @pytest.fixture(scope="module")

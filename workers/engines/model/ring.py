@@ -186,7 +186,7 @@ class _Travelling:
         size = self._sizes[(rank - step - 1) % count]
         self._sent = gradients
         self._received = gradients.new_empty(size, *self._shape)
-        self._passing = _pass_on(self._sent, self._received, self._group, tag=1)
+        self._passing = _pass_on(self._sent, self._received, self._group)
 
     def home(self) -> Tensor:
         """The gradients of this rank's part."""
@@ -202,9 +202,10 @@ class _Travelling:
         return self._received
 
 
-def _pass_on(sent: Tensor, received: Tensor, group: ProcessGroup, tag: int = 0) -> list[dist.Work]:
-    """To the next rank, from the one before."""
+def _pass_on(sent: Tensor, received: Tensor, group: ProcessGroup) -> list[dist.Work]:
+    """To the next rank, from the one before. All ranks pass parts and gradients in the same order, which
+    is all that NCCL tells messages apart by: it has no tags."""
     count, rank = group.size(), group.rank()
-    send = dist.P2POp(dist.isend, sent, group=group, group_peer=(rank + 1) % count, tag=tag)
-    receive = dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % count, tag=tag)
+    send = dist.P2POp(dist.isend, sent, group=group, group_peer=(rank + 1) % count)
+    receive = dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % count)
     return list(dist.batch_isend_irecv([send, receive]))
