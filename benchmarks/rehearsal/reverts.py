@@ -192,6 +192,13 @@ REVERTS = (
         test=f"{REHEARSAL}test_vllm_settings.py -k graphs_open_no_memory",
     ),
     Revert(
+        finding="46 the older name of the allocator's settings is not heard",
+        file="hybridflow/devices.py",
+        fix='os.environ.get(ALLOCATOR) or os.environ.get(ALLOCATOR_BEFORE, "")',
+        before='os.environ.get(ALLOCATOR, "")',
+        test=f"{REHEARSAL}test_environment.py -k users_settings",
+    ),
+    Revert(
         finding="a ring's messages are told apart by tags",
         file="workers/engines/model/ring.py",
         fix="dist.P2POp(dist.isend, sent, group=group, group_peer=(rank + 1) % count)",
