@@ -297,6 +297,8 @@ def check_whole_numbers(config: ModelConfig, published: PretrainedConfig) -> Non
 def check_weights(config: ModelConfig, head: Head) -> None:
     """ValueError for files whose weights are not those of the model; none are loaded. Quantized ones
     are for engines that read them."""
+    if not has_files(Path(config.path)):
+        return
     if not model_config(config, head).to_dict().get("quantization_config"):
         check_files(config, head, build_on_meta(config, head))
 
