@@ -97,6 +97,9 @@ class WatchedRole:
             return partial(self._update, method)
         return method
 
+    def __repr__(self) -> str:
+        return repr(self._role)
+
     def _generate(self, generate: Any, prompts: Batch, *arguments: Any, **options: Any) -> Batch:
         episodes: Batch = generate(prompts, *arguments, **options)
         self._given_up.add(prompts, episodes)

@@ -35,13 +35,13 @@ TOKEN_COLUMNS = ("advantages", "rollout_log_probs", "ref_log_probs")
 )
 def with_pretraining(batch: Batch, stream: Stream) -> Batch:
     """The columns of the batch that an update reads, and the stream's next rows, spread evenly
-    over the mini-batches."""
+    over the mini-batches; without rows in the batch there is nothing that they would accompany."""
     texts = stream.take()
     names = ["prompt_ids", "response_ids", "loss_mask", "segment_lengths"]
     names += [*ROW_COLUMNS, *TOKEN_COLUMNS]
     columns = [name for name in names if name in batch]
     rows = batch.select(*columns) | Batch.of(pretrain=torch.zeros(len(batch), dtype=torch.bool))
-    if not texts:
+    if not texts or not batch:
         return rows
     lengths = texts.ragged("response_ids").lengths
     zeros = Ragged(torch.zeros(int(lengths.sum())), lengths)

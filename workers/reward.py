@@ -65,6 +65,8 @@ class FunctionScorer(Worker):
 
     def score(self, batch: Batch) -> tuple[Tensor, list[dict[str, float]]]:
         """(float32 [rows], further numbers of each row)."""
+        if not batch:  # of a rank without rows, or of a step whose groups were all given up
+            return torch.zeros(0), []
         rows = self._rows(batch)
         scored = self._run_in_tasks(rows) if self.context.in_ray else self._run_here(rows)
         return torch.tensor([score for score, _ in scored], dtype=torch.float32), [

@@ -132,15 +132,17 @@ def test_the_step_is_that_of_the_other_prompts(recipe: str, late: bool, tmp_path
             assert torch.equal(values, same[name]), name
 
 
-def test_every_group_may_be_given_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["ppo", pytest.param("safe_rlhf", marks=pytest.mark.slow)])
+def test_every_group_may_be_given_up(recipe: str, tmp_path: Path) -> None:
     """With max_given_up=1 a step that has nothing to learn from moves nothing, and says so."""
     global FAILS, FAILS_AFTER
     settings = chat_settings(tmp_path) | {"episode.retries": 0, "episode.max_given_up": 1.0}
-    settings |= needs("ppo", settings) | {"algorithm.num_mini_batches": 2}
+    settings |= needs(recipe, settings) | {"algorithm.num_mini_batches": 2}
+    functions = {"cost": cost} if recipe == "safe_rlhf" else {}
     FAILS, FAILS_AFTER = set(map(str, range(8))), 0
-    numbers, weights = one_step(tmp_path / "out", "ppo", settings, [0, 1, 2, 3])
+    numbers, weights = one_step(tmp_path / "out", recipe, settings, [0, 1, 2, 3], **functions)
     assert numbers["given_up"] == 8.0
-    assert numbers["kl/coefficient"] == 0.05
+    assert numbers["kl/coefficient"] == (0.05 if recipe == "ppo" else 0.02)
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     assert all(torch.equal(weights[name], values) for name, values in before.items())
 
