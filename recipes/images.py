@@ -7,15 +7,19 @@ from collections.abc import Sequence
 
 from controllers.data import RowDataset
 from recipes.roles import Role
+from workers.config import ModelConfig
 from workers.generation import ENGINES as GENERATION_ENGINES
 from workers.generation import generation_engine_class
-from workers.images import family_of
+from workers.images import ImageProcessor, family_of
 from workers.images.families import FAMILIES, published_config
 from workers.role_config import ActorConfig, JudgeConfig, RewardConfig
 
 
-def check_images(roles: Sequence[Role], datasets: Sequence[RowDataset | None]) -> None:
-    """A ValueError for a role that reads rows with images and can't."""
+def check_images(
+    roles: Sequence[Role], datasets: Sequence[RowDataset | None], policy: ModelConfig
+) -> None:
+    """A ValueError for a role that reads rows with images and can't, or would see other tokens in them
+    than `policy`, whose processor made the prompts."""
     if not any(rows is not None and rows.num_images for rows in datasets):
         return
     for role in roles:
@@ -24,6 +28,8 @@ def check_images(roles: Sequence[Role], datasets: Sequence[RowDataset | None]) -
         )
         if not reads_text and role.config.model is not None:
             _check(role)
+            if role.config.model.path != policy.path:
+                _check_rules(role.name, role.config.model, policy)
 
 
 def _check(role: Role) -> None:
@@ -46,3 +52,19 @@ def _check(role: Role) -> None:
                 f"{role.name}.generation.engine is {engine!r}, which is given no images of a model like "
                 f"{model.path!r}, and the data has some; use {' or '.join(family.generators)}"
             )
+
+
+def _check_rules(role: str, model: ModelConfig, policy: ModelConfig) -> None:
+    """Whether a model takes as many tokens for each image as the prompts have."""
+    expected, found = ImageProcessor(policy).rules(), ImageProcessor(model).rules()
+    if found == expected:
+        return
+    raise ValueError(
+        f"{role}.model.path is {model.path!r}, which has images of {_shown(found)}, and "
+        f"model.path={policy.path!r} of {_shown(expected)}, so that an image's tokens would not be those "
+        "of the prompts; use a model of the same family, and one preprocessor_config.json for both"
+    )
+
+
+def _shown(rules: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in rules.items())

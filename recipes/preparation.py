@@ -143,7 +143,7 @@ def prepare(config: RunConfig) -> Preparation:
     elif config.data.validation:
         held_out = load_rows(placement, "validation", tokenizer)
         log_overlap(train, held_out)
-    check_images(placement.roles, [train, held_out])
+    check_images(placement.roles, [train, held_out], config.model)
     pretraining = load_pretraining(placement, tokenizer)
     placement = place(with_generation_lengths(placement, train, held_out))
     if isinstance(train, PromptDataset):

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from hybridflow.context import RankContext
 from tests.images.plain import TEMPERATURE, load, make_rows, row_log_probs
+from tests.images.tiny import png, square
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig, VisionTraining
 from workers.engines.base import Head, Outputs
 from workers.engines.fsdp.engine import FsdpEngine
@@ -161,6 +162,26 @@ def test_images_that_are_not_the_prompts_are_refused(world: None, model_path: Pa
     wrong = replace(sequences, images=[*sequences.images[1:], ()])
     with pytest.raises(ValueError, match="image tokens and"):
         make_engine(model_path).forward(wrong)
+
+
+def test_images_of_fewer_tokens_than_the_prompts_are_refused(
+    world: None, model_path: Path, tmp_path: Path
+) -> None:
+    """As from another processor, or of a file that changed: the tokens left over would be text. One that
+    the policy sampled is."""
+    sequences, _ = make_rows(model_path)
+    assert sequences.images is not None
+    engine = make_engine(model_path)
+    row = sequences.rows([3])
+    smaller = ImageReference(encoded=png(square("red", 28, 28)))
+    token = ImageProcessor(ModelConfig(path=str(model_path))).token_id
+    assert int((row.token_ids == token).sum()) > 1
+    with pytest.raises(ValueError, match="image tokens and 1 images of 1 tokens"):
+        engine.forward(replace(row, images=[(smaller,)]))
+    ids = row.token_ids.clone()
+    ids[-1] = token
+    outputs = engine.forward(replace(row, token_ids=ids))
+    assert outputs.log_probs is not None and outputs.log_probs.isfinite().all()
 
 
 def test_pixels_are_kept_once(model_path: Path) -> None:

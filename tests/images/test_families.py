@@ -127,9 +127,37 @@ def test_families_that_are_given_text_alone(tmp_path: Path, model_path: Path, fa
     with pytest.raises(
         ValueError, match=f"whose family .{family}. is given text alone, and"
     ) as error:
-        check_images([role], [rows])
+        check_images([role], [rows], ModelConfig(path=str(model_path)))
     assert "use a model of one of qwen2_vl" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_role_that_would_see_other_tokens(tmp_path: Path, model_path: Path) -> None:
+    """Other sizes of images, in a family or from one to another, give an image other tokens: features
+    would stand in some of the prompt's, and the rest would be read as text."""
+    data = make_data(tmp_path / "rows.jsonl", rows=4)
+    policy = ModelConfig(path=str(model_path))
+    images = ImageProcessor(policy)
+    rows = PromptDataset.load(
+        DataConfig(train=str(data)), str(data), make_tokenizer(), images=images
+    )
+
+    def check(path: Path) -> None:
+        config = RewardConfig(model=ModelConfig(path=str(path)))
+        role = Role(name="reward", worker=ModelRewardWorker, config=config, pool="main")
+        check_images([role], [rows], policy)
+
+    same = make_model(tmp_path / "same", seed=1)
+    check(same)
+    file = same / "preprocessor_config.json"
+    file.write_text(file.read_text().replace('"longest_edge": 12544', '"longest_edge": 3136'))
+    for path in (same, make_model(tmp_path / "qwen3_vl", family="qwen3_vl")):
+        with pytest.raises(
+            ValueError, match="would not be those of the prompts; use a model"
+        ) as error:
+            check(path)
+        assert "longest_edge 12544" in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

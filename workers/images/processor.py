@@ -104,6 +104,19 @@ class ImageProcessor:
         """Patches along each side of what is one token."""
         return self._merge
 
+    def rules(self) -> dict[str, int]:
+        """All that an image's tokens depend on besides its size, by the names of the files' entries."""
+        if self._token_count:
+            return {"image token": self.token_id, self.family.token_count: self._token_count}
+        processor = self._processor
+        return {
+            "image token": self.token_id,
+            "patch_size": processor.patch_size,
+            "merge_size": processor.merge_size,
+            "shortest_edge": processor.size["shortest_edge"],
+            "longest_edge": processor.size["longest_edge"],
+        }
+
     def extent(self, reference: ImageReference) -> Extent:
         """The room of an image in a prompt; reads its size only."""
         if self._token_count:
