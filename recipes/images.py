@@ -56,15 +56,15 @@ def _check(role: Role) -> None:
 
 def _check_rules(role: str, model: ModelConfig, policy: ModelConfig) -> None:
     """Whether a model takes as many tokens for each image as the prompts have."""
-    expected, found = ImageProcessor(policy).rules(), ImageProcessor(model).rules()
-    if found == expected:
+    policy_rules, rules = ImageProcessor(policy).rules(), ImageProcessor(model).rules()
+    if rules == policy_rules:
         return
     raise ValueError(
-        f"{role}.model.path is {model.path!r}, which has images of {_shown(found)}, and "
-        f"model.path={policy.path!r} of {_shown(expected)}, so that an image's tokens would not be those "
-        "of the prompts; use a model of the same family, and one preprocessor_config.json for both"
+        f"{role}.model.path is {model.path!r}, which has images of {_text_of(rules)}, and "
+        f"model.path={policy.path!r} of {_text_of(policy_rules)}, so that an image's tokens would not be "
+        "those of the prompts; use a model of the same family, and one preprocessor_config.json for both"
     )
 
 
-def _shown(rules: dict[str, int]) -> str:
+def _text_of(rules: dict[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in rules.items())

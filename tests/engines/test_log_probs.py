@@ -167,3 +167,16 @@ def test_more_than_a_linear_layer_is_refused_by_name() -> None:
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="roberta has more than a linear layer"):
         logits_tail(model)
+
+
+def test_the_tail_runs_no_hooks_of_the_decoder() -> None:
+    """Those that an engine adds later (ZeRO-3's) look for what the decoder alone has."""
+    config = AutoConfig.for_model(
+        "granite", hidden_size=32, num_attention_heads=2, num_hidden_layers=1, logits_scaling=4.0
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tail = logits_tail(model)
+    assert tail is not None
+    model.base_model.register_forward_pre_hook(lambda *_: pytest.fail("a hook ran"))
+    assert torch.equal(tail(torch.ones(3, 5)), torch.full((3, 5), 0.25))

@@ -84,6 +84,13 @@ OTHER_ROUTERS: dict[str, dict[str, Any]] = {
         "interleave_moe_layer_step": 2,
         "attention_chunk_size": 64,
     },
+    "ernie4_5_moe": {
+        "moe_num_experts": EXPERTS,
+        "moe_k": CHOSEN,
+        "moe_num_shared_experts": 1,
+        "moe_intermediate_size": 32,
+        "head_dim": 8,
+    },
     "minimax_m2": {"num_local_experts": EXPERTS, "head_dim": 8, "rotary_dim": 8},
     "lfm2_moe": {
         "num_experts": EXPERTS,

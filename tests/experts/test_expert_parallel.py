@@ -28,6 +28,7 @@ CASES = [
     Case(family="deepseek_v3", world=2, settings=(RECOMPUTED,)),
     Case(engine="threed", ep=4, resumes_on=2),
     Case(engine="threed", family="mixtral", settings=(("pp", 2),)),
+    Case(family="ernie4_5_moe", world=2, settings=(("tp", 2),)),
 ]
 MATRIX = [
     Case(ep=4, resumes_on=1),

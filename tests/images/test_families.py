@@ -152,9 +152,7 @@ def test_a_role_that_would_see_other_tokens(tmp_path: Path, model_path: Path) ->
     file = same / "preprocessor_config.json"
     file.write_text(file.read_text().replace('"longest_edge": 12544', '"longest_edge": 3136'))
     for path in (same, make_model(tmp_path / "qwen3_vl", family="qwen3_vl")):
-        with pytest.raises(
-            ValueError, match="would not be those of the prompts; use a model"
-        ) as error:
+        with pytest.raises(ValueError, match="would not be those of the prompts; use a") as error:
             check(path)
         assert "longest_edge 12544" in str(error.value)
         assert "\n" not in str(error.value)

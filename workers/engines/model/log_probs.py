@@ -306,6 +306,8 @@ def logits_tail(model: PreTrainedModel) -> Tail | None:
     decoder = _Decoder()
     shell, base = copy.copy(model), copy.copy(model.base_model)
     base._modules = dict.fromkeys(base._modules, decoder)
+    # A copy shares the decoder's hooks, those that engines add later (ZeRO-3's) included.
+    vars(base).update({name: none for name, none in vars(nn.Module()).items() if "_hooks" in name})
     base.forward = decoder.forward  # type: ignore[method-assign]
     stand_ins = {id(model.base_model): base, id(head): _Unchanged()}
     shell._modules = {

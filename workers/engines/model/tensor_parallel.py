@@ -302,7 +302,11 @@ def _row(module: nn.Linear, group: ProcessGroup, adapter: Adapter | None) -> Cal
         if adapter is not None and adapter.enabled:
             matrices = module._parameters[LORA_A], module._parameters[LORA_B]
             product = product + adapter.added(hidden, *matrices)
-        output: Tensor = ScatterTime.apply(product, group)
+        if product.ndim == 2:
+            product = product.unflatten(0, (-1, group.size()))
+        output: Tensor = ScatterTime.apply(product, group).view(
+            *hidden.shape[:-2], -1, product.shape[-1]
+        )
         return output if module.bias is None else output + module.bias
 
     return run
@@ -360,6 +364,9 @@ def _gather_input(group: ProcessGroup) -> Callable[..., Any]:
         if "hidden_states" in kwargs:
             whole = GatherTime.apply(kwargs["hidden_states"], group)
             return args, {**kwargs, "hidden_states": whole}
+        if args[0].ndim == 2:  # an MLP's tokens of all rows: those of all ranks, side by side
+            tokens = GatherTime.apply(args[0][:, None], group).flatten(0, 1)
+            return (tokens, *args[1:]), kwargs
         return (GatherTime.apply(args[0], group), *args[1:]), kwargs
 
     return gather

@@ -180,7 +180,7 @@ class ImageInputs:
         of_image = torch.full((len(part.token_ids),), -1, dtype=torch.int64)
         first = 0
         images = part.images or [()] * part.num_rows
-        lengths, asked = part.lengths.tolist(), part.prompt_lengths.tolist()
+        lengths, prompt_lengths = part.lengths.tolist(), part.prompt_lengths.tolist()
         for row, ids in enumerate(part.token_ids.cpu().split(lengths)):
             make = self._images.pixels if self._makes_pixels else self._images.extent
             images_of_row = [make(reference) for reference in images[row]]
@@ -188,8 +188,10 @@ class ImageInputs:
             expected = sum(image.num_tokens for image in images_of_row)
             # Those behind the first scored token may have been sampled, and so may all of a row that is
             # being generated. Text alone may spell them.
-            given = int((places < asked[row]).sum()) if asked[row] < lengths[row] else 0
-            if len(places) < expected or (images_of_row and given > expected):
+            num_prompt = int((places < prompt_lengths[row]).sum())
+            if prompt_lengths[row] == lengths[row] or not images_of_row:
+                num_prompt = 0
+            if len(places) < expected or num_prompt > expected:
                 raise ValueError(
                     f"a row has {len(places)} image tokens and {len(images_of_row)} images of {expected} "
                     "tokens; prompts and images must come from the same processor"
