@@ -59,13 +59,13 @@ def node_resources(config: RunConfig, cluster: Cluster) -> dict[str, str]:
     Resources that do not tell every kind from the others are a ValueError."""
     kinds = list(dict.fromkeys(group.kind.name for group in cluster.groups))
     resources = _named_resources(config.plan.node_resources, kinds, cluster)
-    if len(kinds) == 1:
-        return resources
     if config.device is Device.cuda and any(kind.startswith(CPU_KIND) for kind in kinds):
         raise ValueError(
             f"plan.cluster is {cluster} with device=cuda: the devices of a run are all GPUs or "
-            "all CPU processes; leave cpu out"
+            "all CPU processes; leave cpu out, or set device=cpu"
         )
+    if len(kinds) == 1:
+        return resources
     chips = {name.partition("-")[0] for name in DEVICE_KINDS if name != CPU_KIND}
     for kind in kinds:
         chip = kind.partition("-")[0]

@@ -64,7 +64,12 @@ class Placement:
 
     def layouts(self, role: Role) -> dict[str, Layout]:
         """The role's layouts over its pool, by name."""
-        return role.worker.layouts(role.config, self.pool_sizes[role.pool])
+        worker = role.worker
+        try:
+            return worker.layouts(role.config, self.pool_sizes[role.pool])
+        except ValueError as error:  # one class serves several roles: critic and cost_critic
+            text = str(error).replace(f"{worker.__name__}.train", f"{role.name}.train", 1)
+            raise ValueError(text) from None
 
 
 def place(config: RunConfig) -> Placement:

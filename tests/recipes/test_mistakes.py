@@ -111,6 +111,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["placement=auto", "device=cuda", "plan.cluster=8xH100-80GB+2xcpu"],
         "all GPUs or all CPU processes",
     ),
+    "CPUs for GPUs": (
+        ["placement=auto", "device=cuda", "plan.cluster=8xcpu"],
+        "plan.cluster is 4x2xcpu with device=cuda: .* set device=cpu$",
+    ),
+    "tp does not divide the critic's devices": (
+        ["num_devices=4", "critic.train.tp=3"],
+        r"^critic\.train: pp=1 x tp=3 .* one of \[1, 2, 4\]",
+    ),
     "tp does not divide the devices": (
         ["num_devices=4", "actor.train.tp=3"],
         r"actor.train: pp=1 x tp=3 .* one of \[1, 2, 4\]",
