@@ -12,9 +12,9 @@ were attested; taking them in and the probe are the generation pool's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hybridflow import spanning
 from hybridflow.batch import Batch
@@ -247,20 +247,21 @@ class SplitActor(Actor):
         return self._trainer.compute_log_prob(batch)
 
     def update_actor(self, batch: Batch) -> Metrics:
-        self._changed = True
-        return self._trainer.update_actor(batch) | self._sync
+        return self._train(self._trainer.update_actor, batch)
 
     def update_supervised(self, batch: Batch) -> Metrics:
-        self._changed = True
-        return self._trainer.update_supervised(batch) | self._sync
+        return self._train(self._trainer.update_supervised, batch)
 
     def update_dpo(self, batch: Batch, loss: DPOLossConfig) -> Metrics:
-        self._changed = True
-        return self._trainer.update_dpo(batch, loss) | self._sync
+        return self._train(self._trainer.update_dpo, batch, loss)
 
     def update_distilled(self, batch: Batch) -> Metrics:
+        return self._train(self._trainer.update_distilled, batch)
+
+    def _train(self, update: Callable[..., Metrics], *arguments: Any) -> Metrics:
+        """Every update, of which kind ever, goes through here."""
         self._changed = True
-        return self._trainer.update_distilled(batch) | self._sync
+        return update(*arguments) | self._sync
 
     def save_checkpoint(self, directory: str) -> None:
         self._trainer.save_checkpoint(directory)

@@ -216,8 +216,8 @@ class StreamingActor(SplitActor):
         self.before_direct()
         return super().generate_sequences(prompts, sampling, do_sample=do_sample)
 
-    def update_actor(self, batch: Batch) -> Metrics:
-        metrics = super().update_actor(batch)
+    def _train(self, update: Callable[..., Metrics], *arguments: Any) -> Metrics:
+        metrics = super()._train(update, *arguments)
         self._updated = metrics
         record, self._record = self._record, StepRecord()
         elapsed_s = time.perf_counter() - record.began  # the metrics are read later
@@ -231,7 +231,9 @@ class StreamingActor(SplitActor):
     def version(self) -> int:
         """The version of the trainer's weights."""
         if self._updated is not None:
-            self._version = int(self._updated.get("actor/weight_version", self._version or 0))
+            # An update without rows names none, and leaves it as it was.
+            if "actor/weight_version" in self._updated:
+                self._version = int(self._updated["actor/weight_version"])
             self._updated = None
         if self._version is None:
             self._version = self.current_version()
