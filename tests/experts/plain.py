@@ -129,7 +129,7 @@ def save_tiny_mixture(directory: Path, family: str, **settings: Any) -> Path:
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "inv_freq" not in name:
-                router = any(f"{end}." in name for end in ROUTERS)
+                router = name.endswith(".weight") and any(f"{end}." in name for end in ROUTERS)
                 size = 0.5 if router or "e_score" in name else 0.05
                 tensor.add_(torch.randn_like(tensor), alpha=size)
     model.save_pretrained(directory)
