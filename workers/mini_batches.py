@@ -6,6 +6,7 @@ depend on the layout. How a mini-batch is cut into micro-batches is left to the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -154,11 +155,17 @@ def train_on(
     return metrics
 
 
+def of_no_tokens(name: str) -> float | None:
+    """A maximum or minimum over nothing; None for the name of another metric."""
+    return {"_max": -math.inf, "_min": math.inf}.get(name[-4:])
+
+
 def mean_over_steps(steps: Sequence[Mapping[str, float]], prefix: str) -> Metrics:
     """Each metric's mean over the optimizer steps, under the role's name.
 
     The maximum over all steps is taken of a metric ending in _max, the minimum of one ending in
-    _min. Steps that were left out have the metrics `not_finite/...` alone, which are added up.
+    _min; of steps without tokens they are infinite (losses/reduction.py) and left out. Steps that were left
+    out have the metrics `not_finite/...` alone, which are added up.
     """
     combined: dict[str, float] = {}
     names: dict[str, None] = {}
@@ -166,6 +173,9 @@ def mean_over_steps(steps: Sequence[Mapping[str, float]], prefix: str) -> Metric
         names |= dict.fromkeys(step)
     for name in names:
         values = [step[name] for step in steps if name in step]
+        values = [value for value in values if value != of_no_tokens(name)]
+        if not values:
+            continue
         if name.startswith(NOT_FINITE):
             combined[name] = sum(values)
         elif name.endswith("_max"):
