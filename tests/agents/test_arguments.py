@@ -249,3 +249,8 @@ class Yields:
 def test_parameters_that_no_schema_can_have(kind: type) -> None:
     with pytest.raises(ValueError, match="its method look can't be described to the policy"):
         as_episode(kind)
+
+
+def test_a_number_that_python_does_not_write_is_named() -> None:
+    with pytest.raises(EnvironmentMistake, match="the tool look returned int an integer of thous"):
+        text_of(10**5000, "look")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import aiohttp
 import pytest
 
 from tests.agents.chat import conversation, drawn, saying
@@ -19,7 +20,7 @@ from workers.agents.config import EpisodeConfig
 from workers.agents.endpoint import Endpoint
 from workers.agents.executor import Executor, Finished
 from workers.agents.model import Drawn, Model, Request
-from workers.agents.outcome import Outcome
+from workers.agents.outcome import Outcome, RequestRefused
 from workers.agents.rows import in_order
 
 openai = pytest.importorskip("openai")
@@ -226,6 +227,30 @@ def test_what_can_not_be_had_is_refused(option: dict[str, Any], fix: str) -> Non
     with pytest.raises(openai.BadRequestError, match=fix):
         served(model, asks)
     assert not model.transcript.turns
+
+
+@pytest.mark.parametrize(
+    "body, charset, fix",
+    [
+        (b"[" * 200_000, "utf-8", "the body is no JSON"),
+        (b"{}", "nope", "the body is no JSON"),
+        (b'{"messages": [{"role": "user", "tool_calls": 5}]}', "utf-8", "tool_calls is no list"),
+    ],
+)
+def test_a_body_that_can_not_be_read_is_refused(body: bytes, charset: str, fix: str) -> None:
+    """An answer that names it; an agent that swallows that has failed."""
+    headers = {"Content-Type": f"application/json; charset={charset}"}
+    model = conversation(saying([]))
+
+    async def serve() -> int:
+        async with Endpoint(model) as url, aiohttp.ClientSession() as client:
+            answer = await client.post(f"{url}/chat/completions", data=body, headers=headers)
+            assert fix in (await answer.json())["error"]["message"]
+            assert answer.status == 400
+            return answer.status
+
+    with pytest.raises(RequestRefused, match=fix):
+        asyncio.run(serve())
 
 
 def test_another_path_is_named() -> None:

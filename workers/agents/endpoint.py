@@ -123,9 +123,11 @@ class Endpoint:
             if problem := problem_of(body.get("messages")):
                 raise ValueError(problem)
             options = options_of(body)
-        except ValueError as error:
+        except (ValueError, LookupError, RecursionError) as error:
             self._refusal = str(error)
-            if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            # LookupError: a charset that nobody knows; RecursionError: nested too deep.
+            no_json = json.JSONDecodeError, UnicodeDecodeError, LookupError, RecursionError
+            if isinstance(error, no_json):
                 self._refusal = "the body is no JSON"
             return _refused(self._refusal)
         answering = asyncio.current_task()

@@ -54,7 +54,10 @@ def problem_of(messages: Any) -> str:
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 return f"{where}.content has a part {kind!r}; the policy reads text alone"
-        for call in message.get("tool_calls") or ():
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list):
+            return f"{where}.tool_calls is no list"
+        for call in calls:
             match call:
                 case {"function": {"name": str(), "arguments": str()}}:
                     continue

@@ -40,7 +40,7 @@ from transformers.utils.chat_template_utils import (
 from workers.agents.arguments import fitted, has_classes, schema_of
 from workers.agents.environment import Closes, messages_of
 from workers.agents.model import Model
-from workers.agents.outcome import EnvironmentMistake, LimitReached, Outcome
+from workers.agents.outcome import EnvironmentMistake, LimitReached, Outcome, shortened
 from workers.agents.renderer import Message
 from workers.agents.threads import call
 from workers.agents.tool_calls import ToolCall, read_calls
@@ -233,7 +233,7 @@ def text_of(result: Any, name: str) -> str:
         return json.dumps(result, default=_as_json, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise EnvironmentMistake(
-            f"the tool {name} returned {type(result).__name__} {str(result)[:80]!r}, which the policy "
+            f"the tool {name} returned {type(result).__name__} {shortened(result)}, which the policy "
             f"can't read ({error}); return text, numbers, lists, dicts or a dataclass"
         ) from None
 
