@@ -112,7 +112,11 @@ def load_object(path: str, field: str) -> Any:
         raise ValueError(f"{field}={path!r}: write it as package.module:name")
     if module_name.endswith(".py") or "/" in module_name:
         dotted = module_name.removesuffix(".py").removeprefix("./").replace("/", ".")
-        raise ValueError(f"{field}={path!r} names a file; name the module: {dotted}:{name}")
+        fix = f"name the module: {dotted}:{name}"
+        if dotted.startswith("."):  # absolute, or above this directory
+            folder, _, last = module_name.removesuffix(".py").rpartition("/")
+            fix = f"put {folder or '/'} on PYTHONPATH and name the module: {last}:{name}"
+        raise ValueError(f"{field}={path!r} names a file; {fix}")
     try:
         module = import_module(module_name)
     except Exception as error:

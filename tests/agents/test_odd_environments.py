@@ -466,3 +466,6 @@ def test_arguments_of_a_class() -> None:
         as_episode(Hard)
     with pytest.raises(ValueError, match=r"functools\.partial of it"):
         as_episode(Hard(most=1))
+    for wrong in (functools.partial(Hard, mots=1), functools.partial(Hard, 1, 2, 3)):
+        with pytest.raises(ValueError, match=r"gives other arguments .*; correct the partial"):
+            as_episode(wrong)

@@ -146,6 +146,24 @@ def test_episodes_without_a_reply_are_named(
     assert "none of 8 episodes asked the policy for a reply" in caplog.text
 
 
+class Long:
+    def reset(self, task: dict[str, Any]) -> str:
+        return "word " * 2000
+
+    def step(self, action: str) -> tuple[str, bool, float]:
+        return "", True, 1.0
+
+
+def test_episodes_without_room_for_a_reply_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = chat_settings(tmp_path) | {"loop.num_steps": 1, "output_dir": tmp_path / "out"}
+    with caplog.at_level("WARNING"):
+        run("grpo", settings, environment=Long)
+    assert "none of 8 episodes had room for a reply" in caplog.text
+    assert "fills the context of 256 tokens; set actor.generation.max_model_len" in caplog.text
+
+
 def test_a_function_and_the_environment_add_up(tmp_path: Path) -> None:
     settings = chat_settings(tmp_path)
     (first, _), _ = steps(tmp_path, settings, environment=one_turn, reward=length_reward)

@@ -368,6 +368,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["reward.function=./my/rewards.py:f"],
         "names a file; name the module: my.rewards:f",
     ),
+    "a file elsewhere": (
+        ["reward.function=/srv/my/rewards.py:f"],
+        "names a file; put /srv/my on PYTHONPATH and name the module: rewards:f",
+    ),
     "a module that is broken": (
         ["reward.function=tests.recipes.broken_rewards:f"],
         r"can't be imported \(NameError: name 'undefined' is not",

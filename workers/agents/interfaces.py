@@ -107,7 +107,9 @@ def _check_call(
 ) -> None:
     try:
         signature = inspect.signature(function)
-    except ValueError:  # builtins that have none
+    except ValueError:  # builtins have none, and partials whose arguments don't fit
+        if isinstance(function, partial):
+            _check_partial(name, function, what)
         return
     try:
         signature.bind(*arguments)
@@ -118,6 +120,17 @@ def _check_call(
         raise ValueError(
             f"environment={name}: {what} takes {signature}, and is called with "
             f"({', '.join(arguments)}) ({error}); {fix}"
+        ) from None
+
+
+def _check_partial(name: str, function: partial[Any], what: str) -> None:
+    signature = inspect.signature(function.func)
+    try:
+        signature.bind_partial(*function.args, **function.keywords)
+    except TypeError as error:
+        raise ValueError(
+            f"environment={name}: {what} takes {signature}, and the partial of it gives other arguments "
+            f"({error}); correct the partial"
         ) from None
 
 

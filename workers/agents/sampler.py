@@ -198,6 +198,15 @@ class EpisodeSampler(Sampler):
                 self.interface.name,
                 len(finished),
             )
+        if finished and all(map(_has_no_room, finished)):
+            LOGGER.warning(
+                "environment=%s: none of %d episodes had room for a reply, and nothing of them is trained "
+                "on: what comes before it, the tools' schemas included, fills the context of %d tokens; "
+                "set actor.generation.max_model_len higher, or make it shorter",
+                self.interface.name,
+                len(finished),
+                finished[0].model.limits.context_tokens,
+            )
         version = self.engine.weight_version
         return batch_of(
             [
@@ -211,6 +220,12 @@ def _says_nothing(episode: Finished) -> bool:
     """Whether it came to its end without having asked for a reply."""
     segments = episode.model.segments
     return episode.outcome is not None and not segments.num_turns and not segments.finish_reason
+
+
+def _has_no_room(episode: Finished) -> bool:
+    """Whether its context was full before the first reply."""
+    segments = episode.model.segments
+    return not segments.num_turns and segments.finish_reason == "context"
 
 
 def turn_seed(seed: int, num_drawn: int) -> int:
