@@ -25,6 +25,8 @@ values a row."""
 BATCH = 128
 MEASURED = (5, 20)
 """Steps between which seconds count: without the filling of the window, and its end."""
+BALANCE_SHARE = 0.01
+"""The share of a step by which training may be shorter where the pools count as balanced."""
 
 
 class LoadedRollouts(VirtualRollouts):
@@ -137,12 +139,21 @@ def measure(staleness: int, look_ahead: float, drains: bool, train_s: float) -> 
     }
 
 
-def table() -> list[dict[str, Any]]:
-    """Staleness 0, 1 and 2, with training as long as a step of staleness 1 takes: what balances the
-    two pools."""
+def balanced_train_s() -> float:
+    """Seconds of a step's training that a step of staleness 1 takes as well, within BALANCE_SHARE:
+    the two pools are balanced. Longer training leaves finished groups waiting, so that fewer rows
+    are drawn at a time and the step becomes longer, too: the fixed point is approached from below."""
     train_s = 0.0
-    for _ in range(3):
-        train_s = measure(1, 1.0, False, train_s)["step_s"]
+    while True:
+        step_s = measure(1, 1.0, False, train_s)["step_s"]
+        if step_s - train_s <= BALANCE_SHARE * step_s:
+            return float(step_s)
+        train_s = step_s
+
+
+def table() -> list[dict[str, Any]]:
+    """Staleness 0, 1 and 2, with balanced pools."""
+    train_s = balanced_train_s()
     rows = [measure(0, 1.0, False, train_s)]
     for staleness in (1, 2):
         rows.append(measure(staleness, 0.0, True, train_s))
