@@ -58,6 +58,19 @@ NUMBERS = [
     (-18, "\u2212\u20b918", 1.0),
     (-18, r"-\$18", 1.0),
     (0.5, "9/18,000 or 500/1,000", 1.0),
+    # exponents: a power is one number, a unit's exponent is none
+    (100, "10^2", 1.0),
+    (2, "10^2", 0.0),
+    (1024, "$2^{10}$.", 1.0),
+    (0.01, "10^{-2}", 1.0),
+    (30000, "3\u00d710\u2074", 1.0),
+    (12, "12 cm^2", 1.0),
+    (12, r"\boxed{12\ \mathrm{m}^{2}}", 1.0),
+    (12, r"12 \text{ cm}^2.", 1.0),
+    ("18 m/s^2", "18", 1.0),
+    ("18 m/s^2", "2", 0.0),
+    (4, "x^2 = 4", 1.0),
+    (0.5, r"\frac12", 1.0),
     # B76: another number, although digits agree
     (5, "18.5", 0.0),
     (18, "3/18", 0.0),
@@ -74,6 +87,16 @@ def test_numbers_are_read_as_a_person_reads_them(
     answer: object, response: str, expected: float
 ) -> None:
     assert value(number, response, answer=answer) == expected
+
+
+@pytest.mark.parametrize("form", ["{}", "0.{}", "3/{}", "{}^9", "2^{}", "{} 1/2"])
+def test_a_response_of_many_digits_is_a_wrong_answer_and_no_error(form: str) -> None:
+    """What a policy that repeats itself writes: Python's int() refuses 4,301 digits."""
+    assert value(number, form.format("7" * 5000), answer=18) == 0.0
+
+
+def test_a_power_without_a_value_is_no_number() -> None:
+    assert numbers_in("0^{-1}") == []
 
 
 @given(st.integers(-(10**12), 10**12), st.integers(0, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from decimal import Decimal
 from fractions import Fraction
 
 MINUS_SIGNS = "-\u2212\u2013"
@@ -31,6 +32,8 @@ NUMBER = re.compile(
     (?: [eE] (?P<exponent> [+-]? \d{{1,3}} ) (?! \w )
       | \s? (?: [x\u00d7*\u00b7] | \\times | \\cdot ) \s? 10 \s? (?: \^ | \*\* ) \s?            # 1.5 x 10^3
         (?: (?P<power> [{SIGNS}]? \d{{1,3}} ) | \{{ \s? (?P<braced> [{SIGNS}]? \d{{1,3}} ) \s? \}} )
+      | \s? \^ \s? (?: (?P<raised> [{SIGNS}]? \d{{1,3}} (?! \.? \d ) )            # 10^2
+        | \{{ \s? (?P<raised_braced> [{SIGNS}]? \d{{1,3}} ) \s? \}} )
     )?
     (?: [ ]? / [ ]? (?P<below> \d{{1,3}} (?: , \d{{3}} )+ | \d+ ) (?! \.? \d ) )?              # a fraction
     """,
@@ -39,7 +42,13 @@ NUMBER = re.compile(
 FRACTION = re.compile(rf"\\[dtc]?frac\s*\{{\s*([{SIGNS}]?\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}")
 SPACES = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!;:])(?=\d)")
 """LaTeX's separators of groups of digits: 1{,}234, 1\\,234."""
+SHORT_FRACTION = re.compile(r"\\([dtc]?frac)\s*(\d)\s*(\d)")
 ONE_HALF = re.compile("[\u00bc-\u00be\u2150-\u215e]")
+SUPERSCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+")
+OF_A_UNIT = re.compile(rf"(?<=[A-Za-z}}])\s?\^\s?(?:\{{[^{{}}]*\}}|[{SIGNS}]?\d+)")
+"""The exponent of a unit or a variable, which is no number of its own: cm^2, m/s^{2}."""
+LONGEST_BASE = 20
+"""Digits of the largest number that is raised to a power: 999 times as many are still quick."""
 
 
 LISTED = re.compile(r"(?<![\w.,])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")
@@ -60,19 +69,25 @@ def numbers_in(text: str) -> list[Fraction]:
     text = plainly_written(text)
     values = []
     for match in NUMBER.finditer(text):
-        value = Fraction(re.sub(GROUP, "", match["digits"]))
+        digits = re.sub(GROUP, "", match["digits"])
+        value = Fraction(Decimal(digits))  # int() refuses texts of over 4,300 digits
         if power := match["exponent"] or match["power"] or match["braced"]:
-            negative = power[0] in MINUS_SIGNS
-            value *= Fraction(10) ** (int(power.lstrip(f"+{MINUS_SIGNS}")) * (-1) ** negative)
-        if match["below"]:
-            if not int(match["below"].replace(",", "")):
+            value *= Fraction(10) ** _exponent(power)
+        if power := match["raised"] or match["raised_braced"]:
+            exponent = _exponent(power)
+            if len(digits) > LONGEST_BASE or (not value and exponent < 0):
                 continue
-            value /= int(match["below"].replace(",", ""))
+            value **= exponent
+        if match["below"]:
+            below = int(Decimal(match["below"].replace(",", "")))
+            if not below:
+                continue
+            value /= below
         if match["whole"]:
             if value < 1:
-                value += int(match["whole"])
+                value += Fraction(Decimal(match["whole"]))
             else:
-                values.append(_signed(text, match, Fraction(match["whole"])))
+                values.append(_signed(text, match, Fraction(Decimal(match["whole"]))))
                 values.append(value)
                 continue
         values.append(_signed(text, match, value))
@@ -80,15 +95,27 @@ def numbers_in(text: str) -> list[Fraction]:
 
 
 def plainly_written(text: str) -> str:
-    r"""\frac{3}{4} as 3/4, 1{,}234 as 1,234, and the character of one half as 1/2."""
+    r"""\frac{3}{4} as 3/4, 1{,}234 as 1,234, the character of one half as 1/2, 10² as 10^{2}, and
+    cm^2 as cm."""
 
     def spelled(match: re.Match[str]) -> str:
         return " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/")
 
     text = SPACES.sub(",", text)
     text = ONE_HALF.sub(spelled, text)
+    text = SUPERSCRIPTS.sub(_braced, text)
+    text = OF_A_UNIT.sub("", text)
+    text = SHORT_FRACTION.sub(r"\\\1{\2}{\3}", text)
     after_a_digit = re.sub(rf"(?<=\d)(?={FRACTION.pattern})", " ", text)
     return FRACTION.sub(r"\1/\2", after_a_digit)
+
+
+def _braced(match: re.Match[str]) -> str:
+    return "^{" + unicodedata.normalize("NFKC", match[0]) + "}"
+
+
+def _exponent(text: str) -> int:
+    return int(text.lstrip(f"+{MINUS_SIGNS}")) * (-1) ** (text[0] in MINUS_SIGNS)
 
 
 def _signed(text: str, match: re.Match[str], value: Fraction) -> Fraction:
