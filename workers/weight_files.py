@@ -31,23 +31,29 @@ def check_weight_files(path: str, setting: str) -> None:
             raise ValueError(f"{setting} is {path!r}: {file.name} {problem}")
 
 
-def _weight_files(directory: Path) -> Iterator[Path]:
-    """Those that transformers and peft read, in their order: one file goes before an index."""
+def model_files(directory: Path) -> Iterator[Path]:
+    """Those that transformers reads, in its order: one file goes before an index, which comes before
+    the files that it names, and safetensors before pickles."""
     for whole, index in zip((SAFETENSORS[0], BIN[0]), INDEX, strict=True):
         if (directory / whole).is_file():
             yield directory / whole
-            break
+            return
         if (directory / index).is_file():
             yield directory / index
             if not _problem(directory / index):
                 weights = json.loads((directory / index).read_text())["weight_map"]
                 for name in dict.fromkeys(weights.values()):
                     yield directory / name
-            break
+            return
+
+
+def _weight_files(directory: Path) -> Iterator[Path]:
+    """Those that transformers and peft read."""
+    yield from model_files(directory)
     for name in (SAFETENSORS[1], BIN[1]):
         if (directory / name).is_file():
             yield directory / name
-            break
+            return
 
 
 def _problem(file: Path) -> str:

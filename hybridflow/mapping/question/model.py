@@ -18,18 +18,22 @@ from hybridflow.mapping.question.files import read_json
 from hybridflow.mapping.question.latent import LatentAttention
 
 PLAIN_MLP_TYPES = (
-    *(
-        "apertus",
-        "arcee",
-        "bloom",
-        "codegen",
-        "falcon",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "gpt_neox",
-    ),
-    *("gptj", "mpt", "nemotron", "opt", "persimmon", "phi", "starcoder2"),
+    "apertus",
+    "arcee",
+    "bloom",
+    "codegen",
+    "falcon",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "mpt",
+    "nemotron",
+    "opt",
+    "persimmon",
+    "phi",
+    "starcoder2",
 )
 """Model types whose MLP has two matrices; all others are taken to be gated (three)."""
 GATED_ATTENTION_TYPES = ("afmoe",)

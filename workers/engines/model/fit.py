@@ -10,7 +10,6 @@ weights: a plan needs a config.json only.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from workers.config import ModelConfig
 from workers.engines.base import Head
 from workers.quiet import quiet
-from workers.weight_files import BIN, INDEX, SAFETENSORS
+from workers.weight_files import BIN, SAFETENSORS, model_files
 
 META = torch.device("meta")
 SCORE = "score."
@@ -176,16 +175,8 @@ def without_weights(config: ModelConfig) -> str:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """One file goes before an index, safetensors before pickles (workers/weight_files.py)."""
-    for whole, index in zip((SAFETENSORS[0], BIN[0]), INDEX, strict=True):
-        if (directory / whole).is_file():
-            yield directory / whole
-            return
-        if (directory / index).is_file():
-            weights = json.loads((directory / index).read_text())["weight_map"]
-            for name in dict.fromkeys(weights.values()):
-                yield directory / name
-            return
+    """Those with weights in them."""
+    return (file for file in model_files(directory) if file.suffix != ".json")
 
 
 def _found(model: PreTrainedModel, stored: dict[str, tuple[int, ...]]) -> Found:
