@@ -77,8 +77,9 @@ class StreamingActor(SplitActor):
         bound: int = 0,
         whole_groups: bool = False,
     ) -> None:
-        """`bound`: most updates between drawing a row's first token and training on it; a row over
-        it stops the run. `whole_groups`: the rows of a uid go to one replica."""
+        """`bound`: most steps between drawing a row's first token and training on it, held in
+        updates, of which a step may have several; a row over it stops the run. `whole_groups`: the
+        rows of a uid go to one replica."""
         super().__init__(trainer, generator, pools)
         self.whole_groups = whole_groups
         self.slice_steps, self.bound = slice_steps, bound
@@ -98,8 +99,11 @@ class StreamingActor(SplitActor):
         """Where a collected row stands."""
         self._must_discard = False
         self._version: int | None = None
-        self._updated: Metrics | None = None
-        """The metrics of the last update, which name the version."""
+        """The trainer's when it was last asked; None where it may be another since."""
+        self._updates = 0
+        """Updates of the present step so far."""
+        self._updates_per_step = 1
+        """The most of a step so far."""
         self._record = StepRecord()
         if self.overlaps and pools:
             CALLS.background.add((pools[-1].name, "advance"))
@@ -190,11 +194,12 @@ class StreamingActor(SplitActor):
         for rows in (self._unfinished, self._replica, self._versions, self._collected):
             rows.clear()
         self._ended.clear()
-        self._must_discard, self._version, self._updated = True, None, None
+        self._must_discard, self._version, self._updates = True, None, 0
         self._record = StepRecord()
 
     def forget(self, uids: Sequence[int]) -> None:
-        """The rows of these groups are not asked for any more."""
+        """A step has ended: the rows of these groups are not asked for any more."""
+        self._updates = 0
         gone = set(uids)
         for name in [name for name in self._versions if name.uid in gone]:
             del self._versions[name], self._replica[name]
@@ -218,38 +223,38 @@ class StreamingActor(SplitActor):
 
     def _train(self, update: Callable[..., Metrics], *arguments: Any) -> Metrics:
         metrics = super()._train(update, *arguments)
-        self._updated = metrics
+        self._version = None
+        self._updates += 1
+        self._updates_per_step = max(self._updates_per_step, self._updates)
         record, self._record = self._record, StepRecord()
         elapsed_s = time.perf_counter() - record.began  # the metrics are read later
         return metrics | Metrics(sources=[lambda: self._metrics(record, elapsed_s)])
 
     def load_checkpoint(self, directory: str, stamp: str | None = None) -> None:
-        self._version, self._updated = None, None
+        self._version = None
         super().load_checkpoint(directory, stamp)
 
-    @property
-    def version(self) -> int:
-        """The version of the trainer's weights."""
-        if self._updated is not None:
-            # An update without rows names none, and leaves it as it was.
-            if "actor/weight_version" in self._updated:
-                self._version = int(self._updated["actor/weight_version"])
-            self._updated = None
-        if self._version is None:
-            self._version = self.current_version()
-        return self._version
-
     def _check_versions(self, names: Sequence[RowName]) -> None:
-        version = self.version
+        """Notes how stale the rows are; a RuntimeError for one that is over the bound. It is the
+        trainer that says which version its weights have, whatever trained them."""
+        version = self.current_version()
+        if self._version not in (None, version):
+            raise RuntimeError(
+                f"the actor's weights are of version {version}, and generation was last told of "
+                f"version {self._version}: something trained the actor past {type(self).__name__}; "
+                "its methods that train have to go through SplitActor._train"
+            )
+        self._version = version
+        bound = self.bound * self._updates_per_step + self._updates
         for name in names:
             first, last = self._versions[name]
             self._record.staleness.append(version - first)
             self._record.newest.append(version - last)
-            if version - first > self.bound:
+            if version - first > bound:
                 raise RuntimeError(
                     f"the response {name.sample} to prompt {name.uid} was begun by weights of version "
                     f"{first} and would train version {version}: staleness {version - first}, and "
-                    f"{self.bound} is the bound; this is a mistake in the scheduling of generation"
+                    f"{bound} is the bound; this is a mistake in the scheduling of generation"
                 )
 
     def _responses(self, names: Sequence[RowName]) -> Batch:
@@ -314,6 +319,7 @@ class StreamingActor(SplitActor):
             return {}
         batch = self._responses(names)
         return {
+            "updates_per_step": self._updates_per_step,
             "rows": [list(name) for name in names],
             "versions": [list(self._versions[name]) for name in names],
             "columns": {column: packed(batch.block(column)) for column in batch.columns},
@@ -323,6 +329,7 @@ class StreamingActor(SplitActor):
         """Takes back what export returned; the uids of its groups."""
         if not state:
             return []
+        self._updates_per_step = max(self._updates_per_step, state.get("updates_per_step", 1))
         blocks = {column: unpacked(block) for column, block in state["columns"].items()}
         batch = Batch.of_blocks(blocks, len(state["rows"]))
         uids: dict[int, None] = {}

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 
 from controllers import ALGORITHMS
+from controllers.algorithm_base import batch_metrics
+from controllers.grpo import GRPO, GRPOConfig, compute_advantages
 from hybridflow import open_session
+from hybridflow.batch import Batch
+from hybridflow.results import Metrics
 from tests.asynchrony.runs import TRUNCATE, tiny_settings
 from workers.streaming_actor import StreamingActor
 
@@ -95,3 +99,52 @@ def test_versions_are_the_trainers(
     assert newest > 0
     assert max(updates for _, updates in seen) >= newest - 1
     assert 1 <= max(logged) <= 2
+
+
+class Twice(GRPO):
+    """Trains twice on what it drew: as GRPO, and by imitation."""
+
+    def step(self, prompts: Batch) -> Metrics:
+        batch = prompts | self.actor.generate_sequences(prompts)
+        batch |= self.reward.compute_reward(batch)
+        batch |= compute_advantages(batch, self.config)
+        metrics = batch_metrics(batch) | self.actor.update_actor(batch)
+        return metrics | self.actor.update_supervised(batch)
+
+
+class Hidden(Twice):
+    """Imitates past the actor whose responses are drawn ahead."""
+
+    def step(self, prompts: Batch) -> Metrics:
+        actor = self.actor
+        assert isinstance(actor, StreamingActor)
+        batch = prompts | actor.generate_sequences(prompts)
+        batch |= self.reward.compute_reward(batch)
+        return batch_metrics(batch) | actor._trainer.update_supervised(batch)
+
+
+def drawn_ahead(tmp_path: Path, algorithm: type[GRPO], num_steps: int) -> list[dict[str, float]]:
+    """The metrics of steps of that algorithm, one step ahead."""
+    settings = tiny_settings(tmp_path) | TRUNCATE | {"asynchrony.staleness": 1}
+    settings |= {"loop.num_steps": num_steps, "output_dir": tmp_path / "run"}
+    with open_session("grpo", settings, reward=by_length) as session:
+        roles = {name: session.roles[name] for name in ("actor", "reference", "reward")}
+        config = session.config.algorithm
+        assert isinstance(config, GRPOConfig)
+        session.loop.algorithm = algorithm(**roles, config=config)
+        return [session.step() for _ in range(num_steps)]
+
+
+def test_a_step_may_train_its_actor_twice(tmp_path: Path) -> None:
+    """Staleness counts updates, so that it and its bound are twice those of one update a step."""
+    once = drawn_ahead(tmp_path / "once", GRPO, STEPS)
+    twice = drawn_ahead(tmp_path / "twice", Twice, STEPS)
+    assert max(step["staleness/max"] for step in once) in (1, 2, 3)
+    assert {step["staleness/max"] % 2 for step in twice} == {0}
+    assert 2 <= max(step["staleness/max"] for step in twice) <= 6
+
+
+def test_an_update_past_the_actor_ends_the_run(tmp_path: Path) -> None:
+    """Generation would keep the weights of before, and the bound would be of no use."""
+    with pytest.raises(RuntimeError, match=r"something trained the actor past Colocated"):
+        drawn_ahead(tmp_path, Hidden, 2)
