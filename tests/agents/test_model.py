@@ -161,16 +161,19 @@ def test_text_and_ids_are_taken_as_they_are() -> None:
 
 
 def test_arguments_of_a_reply() -> None:
-    """A stop may be one text; ids may be an array or a tensor; what is none is refused."""
+    """A stop may be one text or none; ids may be an array or a tensor; what is none is refused."""
     model = conversation(saying(["one, two", "a", "b"]))
     reply = asyncio.run(model.reply("x", stop=", "))
     assert reply.text == "one"
-    asyncio.run(model.reply(np.array([5, 6])))  # type: ignore[arg-type]
+    asyncio.run(model.reply(np.array([5, 6]), stop=None))  # type: ignore[arg-type]
     asyncio.run(model.reply(torch.tensor([7])))  # type: ignore[arg-type]
     observed = [
         token for token, drawn in zip(model.ids, model.transcript.sampled, strict=True) if not drawn
     ]
     assert observed[-3:] == [5, 6, 7]
-    for options in ({"stop": [""]}, {"stop": ""}, {"max_tokens": "3"}, {"max_tokens": 0}):
+    with pytest.raises(EnvironmentMistake, match="takes messages, token ids or text, not None"):
+        asyncio.run(model.reply(None))  # type: ignore[arg-type]
+    refused = {"stop": [""]}, {"stop": ""}, {"stop": [3]}, {"max_tokens": "3"}, {"max_tokens": 0}
+    for options in refused:
         with pytest.raises(EnvironmentMistake, match=next(iter(options))):
             asyncio.run(model.reply("x", **options))  # type: ignore[arg-type]

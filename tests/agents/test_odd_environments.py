@@ -398,6 +398,7 @@ def test_what_can_not_be_called_is_known_before_the_run(environment: Any, fix: s
         (Outcome(reward=1.0, metrics={"a": "b"}), "metrics\\['a'\\] of 'b'"),
         (Outcome(reward=None), "reward of None"),  # type: ignore[arg-type]
         (Outcome(reward=1.0, turn_rewards=[1.0, 2.0]), "has 2 turn_rewards"),
+        (Outcome(reward=1.0, turn_rewards=0.5), "turn_rewards of 0.5; give a list"),  # type: ignore[arg-type]
         ((1.0, {}), "a reward of"),
         (1e300, "a reward of 1e.300; return a finite number"),
         (10**400, "a reward of 1000"),

@@ -14,7 +14,7 @@ from workers.agents.interfaces import as_episode
 from workers.agents.model import Model
 from workers.agents.outcome import Outcome
 from workers.agents.tool_calls import ToolCall, read_calls
-from workers.agents.tools import schemas_of, toolbox, use
+from workers.agents.tools import schemas_of, tool_names, toolbox, use
 
 ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
 
@@ -202,3 +202,12 @@ def test_tools_in_a_run(tmp_path: Path) -> None:
 
 def by_length(*, response: str, **columns: object) -> float:
     return float(len(response))
+
+
+def test_a_class_takes_a_tool_of_its_base_away() -> None:
+    class Adds(Arithmetic):
+        divide = None  # type: ignore[assignment]
+
+    names = [name for name in tool_names(Arithmetic) if name != "divide"]
+    assert "divide" in tool_names(Arithmetic) and tool_names(Adds) == names
+    assert [schema["function"]["name"] for schema in schemas_of(Adds)] == names

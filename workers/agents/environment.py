@@ -13,7 +13,7 @@
     python -m recipes.grpo environment=my_module:Guess ...
 
 A fresh object is made for every episode, and closed whatever happens where it has a method close.
-Methods may be async; others run in threads.
+Methods may be async; the others of one environment run in one thread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from workers.agents.model import Model
 from workers.agents.outcome import EnvironmentMistake, LimitReached, Outcome, shortened
 from workers.agents.renderer import Message
-from workers.agents.threads import call
+from workers.agents.threads import Caller
 
 
 @runtime_checkable
@@ -54,9 +54,13 @@ class Closes(Protocol):
         """Called once at the end of an episode, also of one that failed."""
 
 
-async def play(environment: Environment, model: Model, task: dict[str, Any]) -> Outcome:
+async def play(
+    environment: Environment, model: Model, task: dict[str, Any], call: Caller | None = None
+) -> Outcome:
     """The episode: replies and steps in turn until the environment is done or a limit is
-    reached. The reward is the sum of the steps', each of which its reply earned."""
+    reached. The reward is the sum of the steps', each of which its reply earned. `call`: the one that
+    made the environment, whose methods then run in the same thread."""
+    call = call or Caller()
     rewards: list[float] = []
     try:
         observation = messages_of(without_info(await call(environment.reset, task)), task)

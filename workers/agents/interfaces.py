@@ -15,7 +15,7 @@ from workers.agents.environment import Environment, play
 from workers.agents.executor import Episode, Task
 from workers.agents.model import Model
 from workers.agents.renderer import Message
-from workers.agents.threads import call
+from workers.agents.threads import Caller
 from workers.agents.tools import Rewards, schemas_of, tool_names, toolbox, use, vars_of
 
 
@@ -143,13 +143,15 @@ def is_async(value: Any) -> bool:
 
 def _of_environments(make: Callable[[], Environment]) -> Episode:
     async def episode(model: Model, task: Task) -> Any:
-        return await play(await call(make), model, task)
+        call = Caller()
+        return await play(await call(make), model, task, call)
 
     return episode
 
 
 def _of_tools(make: Callable[[], Any]) -> Episode:
     async def episode(model: Model, task: Task) -> Any:
-        return await use(toolbox(await call(make)), model, task)
+        call = Caller()
+        return await use(toolbox(await call(make), call), model, task)
 
     return episode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from workers.agents.config import EpisodeConfig, History
-from workers.agents.outcome import EnvironmentMistake, LimitReached
+from workers.agents.outcome import EnvironmentMistake, LimitReached, shortened
 from workers.agents.renderer import END_OF_THOUGHT, Message, Renderer
 from workers.agents.transcript import Transcript
 from workers.text import ResponseReader
@@ -147,7 +147,7 @@ class Model:
         new: Sequence[Message] | Sequence[int] | str,
         *,
         max_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
     ) -> Reply:
         """The policy's next turn.
 
@@ -176,12 +176,10 @@ class Model:
         self,
         new: Sequence[Message] | Sequence[int] | str,
         max_tokens: int | None,
-        stop: str | Sequence[str],
+        stop: str | Sequence[str] | None,
     ) -> Reply:
         segments = self.segments
-        stop = (stop,) if isinstance(stop, str) else stop
-        if not all(stop):
-            raise EnvironmentMistake("model.reply: stop has an empty text; leave it out")
+        stop = _texts(stop)
         left = self.limits.sampled_tokens - segments.num_sampled
         if not self._ended and segments.num_turns == self.config.max_turns:
             self._ended = "turns"
@@ -282,6 +280,10 @@ class Model:
                 return self.renderer.text(new)
             before = self.renderer.tokenizer.decode(self.transcript.ids[-1:])
             return self.renderer.further_text(str(before), new)
+        if not isinstance(new, Iterable):
+            raise EnvironmentMistake(
+                f"model.reply takes messages, token ids or text, not {shortened(new)}"
+            )
         items: list[Any] = new.tolist() if isinstance(new, np.ndarray | Tensor) else list(new)
         if all(isinstance(item, dict) for item in items):
             return self._of_messages(items)
@@ -336,3 +338,15 @@ class Model:
         self.segments.transcripts.append(self.transcript)
         self.messages = [dict(message) for message in messages]
         return self.renderer.start(messages, self.limits.context_tokens)
+
+
+def _texts(stop: str | Sequence[str] | None) -> Sequence[str]:
+    """The texts before which a reply ends."""
+    if stop is None:
+        return ()
+    texts = [stop] if isinstance(stop, str) else stop
+    if not isinstance(texts, list | tuple) or not all(isinstance(end, str) for end in texts):
+        raise EnvironmentMistake(f"model.reply: stop={shortened(stop)}; give texts")
+    if not all(texts):
+        raise EnvironmentMistake("model.reply: stop has an empty text; leave it out")
+    return texts

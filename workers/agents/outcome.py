@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,11 @@ def checked_outcome(returned: Any, num_turns: int, name: str) -> Outcome:
     reward = _number(outcome.reward, "reward", name)
     turn_rewards = outcome.turn_rewards
     if turn_rewards is not None:
+        if not isinstance(turn_rewards, Iterable):
+            raise EnvironmentMistake(
+                f"environment={name}: the outcome has turn_rewards of {shortened(turn_rewards)}; give "
+                "a list with one number for each reply"
+            )
         turn_rewards = [_number(value, "a turn's reward", name) for value in turn_rewards]
         if len(turn_rewards) != num_turns:
             raise EnvironmentMistake(

@@ -1,14 +1,17 @@
-"""Calling a user's method, sync or async, from an episode: blocking ones in a thread of their own,
-so that no episode waits for another's."""
+"""Calling a user's methods, sync or async, from an episode: blocking ones in a thread, so that no
+episode waits for another's."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 
@@ -44,39 +47,77 @@ class ThreadEach(ThreadPoolExecutor):
         return future
 
 
-async def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The function's result. A thread whose episode was given up goes on until its function
-    returns; it keeps no process from ending."""
-    if inspect.iscoroutinefunction(function):
-        return await function(*args, **kwargs)
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
+class Caller:
+    """call = Caller()
+    await call(environment.reset, task)
+    await call(environment.step, action)
 
-    def deliver(result: Any, error: BaseException | None) -> None:
-        if future.done():
+    Functions that block run in one thread, which the first of them begins: a connection of sqlite3, a
+    browser or a window belongs to the thread that opened it. Where that thread is busy, as after a
+    time-out, the next one has a thread of its own. A function whose episode was given up goes on
+    until it returns; it keeps no process from ending.
+    """
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._has_begun, self._is_busy = False, False
+        weakref.finalize(self, self._work.put, None)  # ends the thread
+
+    async def __call__(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """The function's result."""
+        if inspect.iscoroutinefunction(function):
+            return await function(*args, **kwargs)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        is_own = not self._is_busy
+
+        def run() -> None:
+            result, error = None, None
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as raised:  # the user's code, whose errors belong to the episode
+                error = raised
+            if is_own:
+                self._is_busy = False
+            try:
+                loop.call_soon_threadsafe(_deliver, future, result, error)
+            except RuntimeError:
+                return  # the loop has ended: nobody waits for it
+
+        self._begin(partial(copy_context().run, run), is_own=is_own)
+        result = await future
+        if inspect.isawaitable(result):  # a plain function that returns a coroutine
+            return await result
+        return result
+
+    def _begin(self, run: Callable[[], None], *, is_own: bool) -> None:
+        if not is_own:
+            _begin_thread(run)
             return
-        if error is None:
-            future.set_result(result)
-        elif isinstance(error, StopIteration) or not isinstance(error, Exception):
-            # No future may hold the first; SystemExit and its like would end the loop of all.
-            future.set_exception(as_failure(error))
-        else:
-            future.set_exception(error)
+        self._is_busy = True
+        if not self._has_begun:
+            _begin_thread(partial(_run_all, self._work))
+            self._has_begun = True
+        self._work.put(run)
 
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = function(*args, **kwargs)
-        except BaseException as raised:  # the user's code, whose errors belong to the episode
-            error = raised
-        try:
-            loop.call_soon_threadsafe(deliver, result, error)
-        except RuntimeError:
-            return  # the loop has ended: nobody waits for it
 
-    context = copy_context()
-    threading.Thread(target=context.run, args=(run,), name="environment", daemon=True).start()
-    result = await future
-    if inspect.isawaitable(result):  # a plain function that returns a coroutine
-        return await result
-    return result
+def _begin_thread(function: Callable[[], None]) -> None:
+    threading.Thread(target=function, name="environment", daemon=True).start()
+
+
+def _run_all(work: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (run := work.get()) is not None:
+        run()
+        del run  # it holds the Caller, whose end is this thread's
+
+
+def _deliver(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    elif isinstance(error, StopIteration) or not isinstance(error, Exception):
+        # No future may hold the first; SystemExit and its like would end the loop of all.
+        future.set_exception(as_failure(error))
+    else:
+        future.set_exception(error)

@@ -14,8 +14,8 @@
 
 Further methods that the class may have, none of which is a tool: reset(task), whose result, where
 it has one, stands in the place of the data's prompt; reward(answer), the reward of the policy's
-last words; close(). A fresh object is made for every episode. Methods may be async; others run in
-threads.
+last words; close(). A fresh object is made for every episode. Methods may be async; the others of
+one object run in one thread.
 '''
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, get_type_hints, runtime_checkable
 
 import numpy as np
@@ -42,7 +42,7 @@ from workers.agents.environment import Closes, messages_of
 from workers.agents.model import Model
 from workers.agents.outcome import EnvironmentMistake, LimitReached, Outcome, shortened
 from workers.agents.renderer import Message
-from workers.agents.threads import call
+from workers.agents.threads import Caller
 from workers.agents.tool_calls import ToolCall, read_calls
 
 NO_TOOLS = ("reset", "reward", "close")
@@ -83,6 +83,8 @@ class Toolbox:
     """name, arguments -> the result; raises one of TOLD for a mistake of the policy's."""
     owner: Any
     """The object with the further methods."""
+    calls: Caller = field(default_factory=Caller)
+    """How those are called."""
 
 
 def tool_names(kind: type) -> list[str]:
@@ -96,6 +98,8 @@ def tool_names(kind: type) -> list[str]:
             )
             if is_method and not name.startswith("_") and name not in NO_TOOLS:
                 names[name] = None
+            elif not is_method:
+                names.pop(name, None)  # add = None takes a base's tool away
     return list(names)
 
 
@@ -161,9 +165,9 @@ def vars_of(kind: type) -> dict[str, Any]:
     return members
 
 
-def toolbox(instance: Any) -> Toolbox:
-    """The tools of an object."""
-    kind = type(instance)
+def toolbox(instance: Any, calls: Caller | None = None) -> Toolbox:
+    """The tools of an object. `calls`: the one that made it, if one did."""
+    kind, calls = type(instance), calls or Caller()
     members, names = vars_of(kind), tool_names(kind)
 
     async def call_tool(name: str, arguments: dict[str, Any]) -> Any:
@@ -175,14 +179,14 @@ def toolbox(instance: Any) -> Toolbox:
         given = {}
         for parameter, value in arguments.items():
             given[parameter] = fitted(value, hints.get(parameter, Any), f"{name}: {parameter}")
-        return await call(bound, **given)
+        return await calls(bound, **given)
 
-    return Toolbox(call=call_tool, owner=instance)
+    return Toolbox(call=call_tool, owner=instance, calls=calls)
 
 
 async def use(tools: Toolbox, model: Model, task: dict[str, Any]) -> Outcome:
     """The episode: the policy's calls are answered until a reply has none, or a limit comes."""
-    owner = tools.owner
+    owner, call = tools.owner, tools.calls
     try:
         opening = await call(owner.reset, task) if isinstance(owner, Resets) else None
         answer = await converse(tools, model, messages_of(opening, task))
