@@ -3,6 +3,7 @@ heads, and what the cluster's files give to processes (docs/gpu.md)."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def test_vllm_leaves_stream_and_precision_as_they_were(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("waited"))
     monkeypatch.setattr(torch.cuda, "set_stream", calls.append)
     precision = torch.get_float32_matmul_precision()
-    environment = {"VLLM_LOGGING_LEVEL": "ERROR"}
+    # What stays in place of the process' own, which other tests need.
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    environment = dict(os.environ)
     try:
         with preserve_process_state(RankContext(device="cuda:0"), environment):
             torch.set_float32_matmul_precision("medium")
