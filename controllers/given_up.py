@@ -42,7 +42,8 @@ class GivenUp:
         """uid -> why its group was given up."""
         self._failures: Counter[str] = Counter()
         """Failed attempts by kind of error."""
-        self._num_rows = 0
+        self._num_rows: Counter[int] = Counter()
+        """uid -> the rows of its group in one generation."""
 
     def add(self, prompts: Batch, episodes: Batch) -> None:
         """Counts the episodes of these prompts; waits for them."""
@@ -52,12 +53,12 @@ class GivenUp:
         uids = prompts.tensor("uid").tolist()
         self._groups.update(uids)
         whole = whole_rows(episodes).tolist()
+        self._num_rows |= Counter(uids)
         for uid, of_row, counted in zip(
             uids, episodes.objects("episode_metrics"), whole, strict=True
         ):
             self._failures.update(of_row["failures"])
             if not counted:
-                self._num_rows += 1
                 self._reasons.setdefault(uid, of_row["reason"])
 
     def check(self) -> None:
@@ -75,7 +76,8 @@ class GivenUp:
     def metrics(self) -> dict[str, float]:
         """Rows of groups that were given up, and failed attempts by kind of error."""
         failed = {f"episode/failed/{kind}": float(n) for kind, n in self._failures.items()}
-        return {"episode/given_up": float(self._num_rows), **failed}
+        num_rows = sum(self._num_rows[uid] for uid in self._reasons)
+        return {"episode/given_up": float(num_rows), **failed}
 
     def watched(self, roles: Mapping[str, Any]) -> dict[str, Any]:
         """The roles of a page that trains on episodes."""

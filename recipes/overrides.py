@@ -116,9 +116,15 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
 
 
 def near_names(name: str, known: Sequence[str]) -> list[str]:
-    """Names with the same last part, or else names that are written alike; at most three."""
-    last = name.rpartition(".")[2]
+    """Names of the same group whose last part holds the name's, or else those with the same last
+    part, or else names that are written alike; at most three."""
+    group, _, last = name.rpartition(".")
     last = ELSEWHERE.get(last, last)
+    group_names = [
+        other for other in known if other.startswith(f"{group}.") and other.endswith(f"_{last}")
+    ]
+    if group and group_names:
+        return get_close_matches(name, group_names, n=3, cutoff=0.0)
     same = [other for other in known if other.rpartition(".")[2] == last]
     return get_close_matches(name, same, n=3, cutoff=0.0) or get_close_matches(name, known, n=3)
 

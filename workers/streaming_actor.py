@@ -25,6 +25,7 @@ from hybridflow.group import start
 from hybridflow.pool import ResourcePool
 from hybridflow.results import Metrics, Results
 from hybridflow.waiting import CALLS
+from workers.agents.outcome import FAILED
 from workers.generation.config import SamplingConfig
 from workers.packed_blocks import packed, unpacked
 from workers.roles import Progress, RowName, SplitGenerator, SplitTrainer
@@ -248,14 +249,20 @@ class StreamingActor(SplitActor):
         bound = self.bound * self._updates_per_step + self._updates
         for name in names:
             first, last = self._versions[name]
-            self._record.staleness.append(version - first)
-            self._record.newest.append(version - last)
+            if not self._is_given_up(name):
+                self._record.staleness.append(version - first)
+                self._record.newest.append(version - last)
             if version - first > bound:
                 raise RuntimeError(
                     f"the response {name.sample} to prompt {name.uid} was begun by weights of version "
                     f"{first} and would train version {version}: staleness {version - first}, and "
                     f"{bound} is the bound; this is a mistake in the scheduling of generation"
                 )
+
+    def _is_given_up(self, name: RowName) -> bool:
+        """Whether it is of a group of episodes that was, of which nothing is trained on."""
+        batch, row = self._collected[name]
+        return "episode_metrics" in batch and batch.objects("finish_reason")[row] == FAILED
 
     def _responses(self, names: Sequence[RowName]) -> Batch:
         """The rows in that order."""

@@ -140,6 +140,7 @@ def episodes_per_s(most_delay_s: float, *, lockstep: bool) -> float:
             end_token_ids=frozenset(),
             config=config,
             limits=Limits(reply_tokens=8, sampled_tokens=1000, context_tokens=1000),
+            vocab_size=len(renderer.tokenizer),
         )
 
     def answer(requests: Sequence[Request]) -> list[Drawn]:

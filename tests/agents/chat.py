@@ -109,6 +109,7 @@ def conversation(
             sampled_tokens=sampled_tokens,
             context_tokens=context_tokens,
         ),
+        vocab_size=len(tokenizer),
     )
 
 

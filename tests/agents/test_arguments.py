@@ -6,7 +6,7 @@ import asyncio
 import json
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Any, ClassVar, Literal, NamedTuple, Optional, TypedDict
 
 import numpy as np
@@ -24,6 +24,16 @@ from workers.agents.tools import schemas_of, text_of, toolbox, use
 class Color(Enum):
     red = "r"
     blue = "b"
+
+
+class Level(IntEnum):
+    low = 1
+    high = 2
+
+
+class Share(Enum):
+    half = 0.5
+    all = 2.0
 
 
 @dataclass
@@ -74,6 +84,10 @@ class Order(BaseModel):
         ({"a": [None, 1]}, dict[str, list[int | None]], {"a": [None, 1]}),
         ("b", Literal["a", "b"], "b"),
         ("r", Color, Color.red),
+        (1, Level, Level.low),
+        (2, Share, Share.all),
+        (True, Literal[1, True], True),
+        (None, Literal["a", None], None),
         ({"x": 1}, Point, Point(x=1)),
         ([{"x": 1, "tags": ["a"]}], list[Point], [Point(x=1, tags=["a"])]),
         ({"any": "thing"}, Any, {"any": "thing"}),
@@ -82,6 +96,7 @@ class Order(BaseModel):
 )
 def test_values_that_fit(value: Any, hint: Any, result: Any) -> None:
     assert fitted(value, hint, "f: p") == result
+    assert type(fitted(value, hint, "f: p")) is type(result)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +110,10 @@ def test_values_that_fit(value: Any, hint: Any, result: Any) -> None:
         (3, list[int], r"f: p is 3, which is no list\[int\]"),
         ("c", Literal["a", "b"], "which is no 'a' or 'b'"),
         ("g", Color, "which is no 'r' or 'b'"),
+        (True, Literal[1], "f: p is true, which is no 1"),
+        (1, Literal[True], "f: p is 1, which is no True"),
+        (1.0, Literal[1], r"f: p is 1\.0, which is no 1"),
+        (True, Level, "f: p is true, which is no 1 or 2"),
         ([], int | str, r"f: p is \[\], which is no int or str"),
         ({"y": 1}, Point, "f: p has the fields y; a Point has x, tags"),
         ({"x": "1"}, Point, r'f: p\.x is "1", which is no int'),

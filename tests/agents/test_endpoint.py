@@ -15,8 +15,10 @@ from tests.agents.chat import conversation, saying
 from tests.agents.test_executor import run
 from workers.agents.config import EpisodeConfig
 from workers.agents.endpoint import Endpoint
-from workers.agents.model import Model
+from workers.agents.endpoint_messages import for_template, message_of
+from workers.agents.model import Model, Reply
 from workers.agents.outcome import Outcome, RequestRefused
+from workers.agents.tool_calls import ToolCall, read_calls
 
 openai = pytest.importorskip("openai")
 
@@ -389,3 +391,13 @@ def test_an_agent_that_fails_behind_a_limit_has_failed() -> None:
     finished, _ = run(episode, 1, EpisodeConfig(retries=0))
     assert finished[0].outcome is None
     assert finished[0].failures[0].kind == "ConnectionError"
+
+
+def test_a_name_of_a_tool_may_have_quotes() -> None:
+    """Where an agent's history begins another segment, the policy reads calls as valid JSON."""
+    called = [{"function": {"name": 'a"b\n', "arguments": '{"é": 1}'}}]
+    shown = for_template({"role": "assistant", "content": None, "tool_calls": called})
+    (call,) = read_calls(shown["content"])
+    assert call == ToolCall(name='a"b\n', arguments={"é": 1})
+    drawn = Reply(text=shown["content"], message={}, ids=[], log_probs=[], finish_reason="stop")
+    assert for_template(message_of(drawn)) == shown

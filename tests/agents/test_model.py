@@ -177,3 +177,37 @@ def test_arguments_of_a_reply() -> None:
     for options in refused:
         with pytest.raises(EnvironmentMistake, match=next(iter(options))):
             asyncio.run(model.reply("x", **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("token_id", [-1, 5000, 10**20, np.int64(5000)])
+def test_ids_outside_the_vocabulary_are_named(token_id: int) -> None:
+    model = conversation(saying(["1"]))
+    most = len(model.renderer.tokenizer) - 1
+    told = (
+        rf"^model\.reply: token 1 is \S*{token_id}\S*, and the vocabulary has the ids 0 to {most};"
+    )
+    with pytest.raises(EnvironmentMistake, match=told):
+        ask(model, [5, token_id])
+    assert ask(model, [5, most]) == ["stop"] and model.ids[:2] == [5, most]
+
+
+def test_what_code_does_to_the_messages_is_named() -> None:
+    """model.messages is read; adding to it says nothing, unless all of it is the next message."""
+    model = conversation(saying("abc"))
+    ask(model, HELLO)
+    model.messages.clear()
+    for new in (HELLO, "More", []):
+        with pytest.raises(
+            EnvironmentMistake, match=r"^model\.messages was changed by the episode"
+        ):
+            ask(model, new)
+    begun = conversation(saying("abc"))
+    begun.messages += HELLO
+    with pytest.raises(EnvironmentMistake, match=r"^model\.messages was changed by the episode"):
+        ask(begun, [{"role": "user", "content": "other"}])
+    assert ask(begun, begun.messages) == ["stop"]
+    begun.messages.append({"role": "user", "content": "More"})
+    assert ask(begun, begun.messages) == ["stop"]
+    plain = conversation(saying("abc"))
+    ask(plain, HELLO, [{"role": "user", "content": "More"}])
+    assert begun.ids == plain.ids and begun.messages == plain.messages

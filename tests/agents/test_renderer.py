@@ -7,7 +7,7 @@ import pytest
 from recipes.quickstart.model import CHAT_TEMPLATE, make_tokenizer
 from tests.agents.chat import ENDLESS, QWEN, STRIPS
 from workers.agents.outcome import EnvironmentMistake
-from workers.agents.renderer import THOUGHT, Renderer
+from workers.agents.renderer import MOST_SETS, QUESTION, THOUGHT, Renderer
 
 CONVERSATIONS = [
     [("user", "Sort 3 1 2."), ("reply", "1 2 3"), ("user", "Now backwards."), ("reply", "3 2 1")],
@@ -151,3 +151,15 @@ def test_tools_need_a_template_that_writes_their_results() -> None:
         "tool", thoughts=False
     )
     assert not Renderer(tokenizer).check("user", thoughts=False)
+
+
+def test_the_last_sets_of_tools_have_a_renderer() -> None:
+    """Agents may write a new tool for every request: what is kept of them is bounded."""
+    plain = renderer(QWEN)
+    sets = [[{"type": "function", "function": {"name": f"f{n}"}}] for n in range(MOST_SETS + 1)]
+    oldest, second = plain.with_tools(sets[0]), plain.with_tools(sets[1])
+    assert plain.with_tools(sets[0]) is oldest
+    for tools in sets[2:]:
+        assert f'"{tools[0]["function"]["name"]}"' in plain.with_tools(tools).render([QUESTION])
+    assert plain.with_tools(sets[0]) is oldest and plain.with_tools(sets[1]) is not second
+    assert len(plain._with_tools) == MOST_SETS

@@ -172,6 +172,22 @@ def test_a_function_and_the_environment_add_up(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["mean", "environment", "letters"])
+def test_numbers_of_one_name_are_refused(name: str, tmp_path: Path) -> None:
+    """The outcome's own and the reward's; that of a function beside it has letters too."""
+
+    async def counts(model: Model, task: dict[str, Any]) -> Outcome:
+        reply = await model.reply(task["prompt"])
+        return Outcome(reward=1.0, metrics={name: len(reply.text)})
+
+    def letters(*, response: str, **columns: object) -> dict[str, float]:
+        return {"reward": 0.5, "letters": float(len(response))}
+
+    settings = chat_settings(tmp_path)
+    with pytest.raises(ValueError, match=f"{name}.*give .* another name$"):
+        steps(tmp_path, settings, environment=counts, reward=letters)
+
+
 def failing(share: float) -> RewardFunction:
     async def episode(model: Model, task: dict[str, Any]) -> Outcome:
         reply = await model.reply(task["prompt"])

@@ -88,3 +88,28 @@ def test_idle_shares_are_of_the_time_up_to_the_update(actor: StreamingActor) -> 
     assert idle == 0
     # 20 ms of work in the 120 ms and more since the first update.
     assert 0.5 < later < 1
+
+
+def test_rows_that_were_given_up_are_not_stale(
+    actor: StreamingActor, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the rows of versions 0, 4 and 2 that train version 4, the first was given up."""
+    versions = {0: (0, 0), 1: (4, 4), 2: (2, 3)}
+    reasons = {0: "failed", 1: "stop", 2: "stop"}
+
+    def collect(chosen: Batch, *, do_sample: bool) -> Batch:
+        uids = chosen.tensor("uid").tolist()
+        return chosen | Batch.of(
+            finish_reason=[reasons[uid] for uid in uids], episode_metrics=[{} for _ in uids]
+        )
+
+    monkeypatch.setattr(generator, "collect", collect)
+    monkeypatch.setattr(actor, "current_version", lambda: 4)
+    actor.bound = 4
+    for uid, of_row in versions.items():
+        actor._versions[RowName(uid, 0, False)] = of_row
+        actor._replica[RowName(uid, 0, False)] = 0
+    actor.generate_sequences(rows(0, 1, 2))
+    metrics = dict(actor.update_actor(rows(1, 2)))
+    assert metrics["staleness/mean"] == 1.0 and metrics["staleness/max"] == 2.0
+    assert metrics["staleness/newest_mean"] == 0.5 and metrics["staleness/versions_per_row"] == 1.5

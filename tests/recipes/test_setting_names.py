@@ -62,6 +62,7 @@ def test_everything_mandatory_that_is_missing_is_named_at_once(
         ),
         ("actor.loss.kl_coef=0.1", "did you mean actor.loss.kl_coefficient"),
         ("data.epochs=2", "did you mean .*loop.num_epochs"),
+        ("episode.timeout_s=5", r"did you mean episode.step_timeout_s\?"),
         ("xyzzy=1", "--settings lists them all"),
     ],
 )

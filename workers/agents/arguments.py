@@ -68,17 +68,16 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
     """
     origin, inner = get_origin(hint), get_args(hint)
     if hint in PLAIN:
-        if isinstance(value, PLAIN[hint]) and not (
-            isinstance(value, bool) and hint in (int, float)
-        ):
+        if _is_plain(value, hint):
             return value
     elif origin is Annotated:
         return fitted(value, inner[0], where)
     elif origin in (Union, UnionType):
         return _first_that_fits(value, inner, where)
     elif origin is Literal:
-        if value in inner:
-            return value
+        for choice in inner:
+            if _is_same(value, choice):
+                return choice
     elif origin is list and isinstance(value, list):
         return [fitted(part, inner[0], f"{where}[{place}]") for place, part in enumerate(value)]
     elif origin is dict and isinstance(value, dict):
@@ -88,8 +87,9 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
             whole = zip(value, parts, strict=True)
             return tuple(fitted(part, of, f"{where}[{i}]") for i, (part, of) in enumerate(whole))
     elif inspect.isclass(hint) and issubclass(hint, Enum):
-        if value in [member.value for member in hint]:
-            return hint(value)
+        for member in hint:
+            if _is_same(value, member.value):
+                return member
     elif has_fields(hint):
         if isinstance(value, dict):
             return _object(value, hint, where)
@@ -100,6 +100,18 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
     raise TypeError(
         f"{where} is {json.dumps(value, ensure_ascii=False)}, which is no {named(hint)}"
     )
+
+
+def _is_plain(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is one of a kind of PLAIN; JSON's true is no number."""
+    if isinstance(value, bool) and kind in (int, float):
+        return False
+    return isinstance(value, PLAIN[kind])
+
+
+def _is_same(value: Any, choice: Any) -> bool:
+    """Whether a JSON value is that choice; true is not 1, and 1.0 is no integer."""
+    return type(choice) in PLAIN and _is_plain(value, type(choice)) and bool(value == choice)
 
 
 def named(hint: Any) -> str:

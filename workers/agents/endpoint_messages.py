@@ -34,7 +34,10 @@ def _call(call: ToolCall, number: int) -> dict[str, Any]:
     return {
         "id": f"call_{number}_{uuid.uuid4().hex[:8]}",
         "type": "function",
-        "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
+        "function": {
+            "name": call.name,
+            "arguments": json.dumps(call.arguments, ensure_ascii=False),
+        },
     }
 
 
@@ -81,7 +84,8 @@ def for_template(message: Message) -> Message:
     """The message in the words that the policy would have drawn."""
     shown: Message = {"content": _text(message.get("content"))}
     for name, arguments in _calls(message):
-        shown["content"] += f'{BEGIN}\n{{"name": "{name}", "arguments": {arguments}}}\n{END}'
+        quoted = json.dumps(name, ensure_ascii=False)
+        shown["content"] += f'{BEGIN}\n{{"name": {quoted}, "arguments": {arguments}}}\n{END}'
     for name in ("role", "name", "tool_call_id"):
         if name in message:
             shown[name] = message[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -109,11 +110,15 @@ class Model:
     end_token_ids: frozenset[int]
     config: EpisodeConfig
     limits: Limits
+    vocab_size: int
+    """The policy draws ids below it."""
     segments: Segments = field(default_factory=Segments)
     transcript: Transcript = field(default_factory=Transcript)
     """The tokens of the present segment."""
     messages: list[Message] = field(default_factory=list)
-    """The conversation so far, the policy's replies included."""
+    """The conversation so far, the policy's replies included; to be read."""
+    _said: list[Message] = field(default_factory=list)
+    """The same, which no code of an episode has changed."""
     _closed: bool = True
     """Whether the last reply ended with a token that ends turns."""
     _ended: str = ""
@@ -139,7 +144,13 @@ class Model:
         one whose history the agent rewrote. The limits of turns and of sampled tokens hold for all
         of them together, and what the policy says in each is trained on."""
         return replace(
-            self, transcript=Transcript(), messages=[], _closed=True, _ended="", _is_cut=False
+            self,
+            transcript=Transcript(),
+            messages=[],
+            _said=[],
+            _closed=True,
+            _ended="",
+            _is_cut=False,
         )
 
     async def reply(
@@ -163,11 +174,13 @@ class Model:
             if self._is_cut:
                 self.transcript.drop_observation(0)
                 self._is_cut = False
-            transcript, length, messages = self.transcript, len(self.transcript), self.messages
+            transcript, length, said = self.transcript, len(self.transcript), self._said
             try:
-                return await self._reply(new, max_tokens, stop)
+                reply = await self._reply(new, max_tokens, stop)
+                self.messages = [dict(message) for message in self._said]
+                return reply
             except BaseException:
-                self.transcript, self.messages = transcript, messages
+                self.transcript, self._said = transcript, said
                 if not self._is_cut:
                     transcript.drop_observation(length)
                 raise
@@ -239,7 +252,7 @@ class Model:
             self._ended = "length"
         self._closed = answer.ids[-1] in self.end_token_ids
         message = {"role": "assistant", "content": text}
-        self.messages.append(message)
+        self._said = [*self._said, message]
         return Reply(
             text=text,
             message=dict(message),
@@ -275,6 +288,12 @@ class Model:
 
     def _encoded(self, new: Sequence[Message] | Sequence[int] | str) -> list[int]:
         """The tokens of what is new."""
+        if self.messages != self._said and not self._is_whole(new):
+            raise EnvironmentMistake(
+                "model.messages was changed by the episode's code, and what was said can't be "
+                "rewritten; give model.reply what is new, or begin another conversation with "
+                "model.fork()"
+            )
         if isinstance(new, str):
             if not self.transcript.ids:
                 return self.renderer.text(new)
@@ -287,20 +306,37 @@ class Model:
         items: list[Any] = new.tolist() if isinstance(new, np.ndarray | Tensor) else list(new)
         if all(isinstance(item, dict) for item in items):
             return self._of_messages(items)
-        if all(isinstance(item, int) for item in items):
-            return items
+        if all(isinstance(item, int | np.integer) for item in items):
+            return self._checked([int(item) for item in items])
         raise EnvironmentMistake(
             f"model.reply takes messages, token ids or text, not {str(new)[:80]!r}"
         )
 
+    def _is_whole(self, new: Any) -> bool:
+        """Whether it is the whole conversation and what follows."""
+        if not isinstance(new, list | tuple):
+            return False
+        if not self._said:
+            return list(new) == self.messages
+        return list(new[: len(self._said)]) == self._said
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        for place, token_id in enumerate(ids):
+            if not 0 <= token_id < self.vocab_size:
+                raise EnvironmentMistake(
+                    f"model.reply: token {place} is {shortened(token_id)}, and the vocabulary has the ids "
+                    f"0 to {self.vocab_size - 1}; give ids of the policy's own tokenizer"
+                )
+        return ids
+
     def _of_messages(self, messages: list[Message]) -> list[int]:
-        history = self.messages
+        history = self._said
         if history and messages[: len(history)] == history:
             messages = messages[len(history) :]
         if not history:
             if not messages:
                 return []
-            self.messages = [dict(message) for message in messages]
+            self._said = copy.deepcopy(messages)
             if self.transcript.ids:
                 raise EnvironmentMistake(
                     "the episode began with text or token ids, and goes on with messages; use one "
@@ -329,14 +365,14 @@ class Model:
             return self._in_a_new_segment([*history, *messages])
         space = max(0, self.limits.context_tokens - len(self.transcript))
         ids = self.renderer.extend(history, messages, closed=self._closed, most=space)
-        self.messages = [*history, *(dict(message) for message in messages)]
+        self._said = [*history, *copy.deepcopy(messages)]
         return ids
 
     def _in_a_new_segment(self, messages: list[Message]) -> list[int]:
         """The tokens of the whole conversation as the template writes it now."""
         self.transcript = Transcript()
         self.segments.transcripts.append(self.transcript)
-        self.messages = [dict(message) for message in messages]
+        self._said = copy.deepcopy(messages)
         return self.renderer.start(messages, self.limits.context_tokens)
 
 

@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from workers.rewards.values import STATISTICS
+
 LARGEST = float(np.finfo(np.float32).max)
+PARTS = ("environment", "further")
+"""Names of the episode's own reward, and of that of a reward function or model beside it."""
+RESERVED = STATISTICS.union(PARTS)
+"""Names under which the reward's own numbers are logged."""
 FAILED = "failed"
 """finish_reason of the rows of a group that was given up: nothing of them is trained on."""
 
@@ -87,6 +93,11 @@ def checked_outcome(returned: Any, num_turns: int, name: str) -> Outcome:
         )
     metrics = {}
     for key, value in outcome.metrics.items():
+        if key in RESERVED:
+            raise EnvironmentMistake(
+                f"environment={name}: the outcome has metrics[{key!r}], and reward/{key} is the reward's "
+                "own; give it another name"
+            )
         metrics[str(key)] = _number(value, f"metrics[{key!r}]", name)
     return Outcome(
         reward=reward, turn_rewards=turn_rewards, metrics=metrics, abandoned=outcome.abandoned

@@ -10,6 +10,7 @@ differently.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ REPLIES = {
 }
 THOUGHT = "<think>\nTwo and two.\n</think>\n\n"
 END_OF_THOUGHT = "</think>"
+MOST_SETS = 64
+"""The most sets of tools whose renderers are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +67,23 @@ class Renderer:
         self._written: set[tuple[bool, tuple[str, ...]]] = set()
         """Roles, at the beginning or behind a reply, of which the template writes all."""
         self._developer: str | None = None
-        self._with_tools: dict[str, Renderer] = {}
+        self._with_tools: OrderedDict[str, Renderer] = OrderedDict()
 
     @property
     def has_template(self) -> bool:
         return self.tokenizer.chat_template is not None
 
     def with_tools(self, tools: Sequence[Message]) -> Renderer:
-        """The renderer of these tools in place of its own; the same one every time."""
+        """The renderer of these tools in place of its own; the same one every time, for the last
+        MOST_SETS sets of them."""
         key = json.dumps(list(tools))
         if key not in self._with_tools:
-            self._with_tools[key] = Renderer(self.tokenizer, tools)
+            renderer = Renderer(self.tokenizer, tools)
+            renderer._contents = self._contents  # a second tokenizer of it may take seconds to make
+            self._with_tools[key] = renderer
+        self._with_tools.move_to_end(key)
+        if len(self._with_tools) > MOST_SETS:
+            self._with_tools.popitem(last=False)
         return self._with_tools[key]
 
     def start(self, messages: Sequence[Message], most: int | None = None) -> list[int]:

@@ -129,6 +129,7 @@ class EpisodeSampler(Sampler):
                 sampled_tokens=plan.most_tokens,
                 context_tokens=self.context_tokens,
             ),
+            vocab_size=self._vocab_size,
         )
 
     def _budgets(self, prompts: Batch) -> list[int]:

@@ -16,7 +16,7 @@ from hybridflow.worker import remote
 from workers.actor import ActorWorker
 from workers.agents.config import EpisodeScorerConfig
 from workers.agents.episode_stream import EpisodeStream
-from workers.agents.outcome import FAILED, EnvironmentMistake
+from workers.agents.outcome import FAILED, PARTS, EnvironmentMistake
 from workers.agents.rows import WRITES, WRITES_AHEAD
 from workers.agents.sampler import EpisodeSampler
 from workers.generation.config import SamplingConfig
@@ -145,7 +145,13 @@ class EpisodeRewardWorker(Reward):
             for row, value, numbers in zip(
                 whole.tolist(), further.tolist(), scored.objects("reward_metrics"), strict=True
             ):
-                parts = {"environment": float(rewards[row]), "further": value}
+                parts = dict(zip(PARTS, (float(rewards[row]), value), strict=True))
+                doubled = sorted(numbers.keys() & {*parts, *metrics[row]})
+                if doubled:
+                    raise EnvironmentMistake(
+                        f"the reward beside the environment returned {doubled[0]!r}, which is a number of "
+                        "the episode's own; give one of the two another name"
+                    )
                 metrics[row] |= parts | numbers
             rewards[whole] += further
         return Batch.of(rewards=rewards, reward_metrics=metrics)
