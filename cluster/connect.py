@@ -28,6 +28,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants, services, worker
+from ray._private.node import Node
 from ray.exceptions import AuthenticationError, RayError
 
 from cluster.config import ClusterConfig, Mode
@@ -159,7 +160,7 @@ def _start_embedded(config: ClusterConfig, cpu_slots: float) -> None:
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
         logging.ERROR
     )
-    with _loopback_only():
+    with _loopback_only(), _needed_processes(dashboard=config.dashboard):
         ray.init(
             address="local",
             num_cpus=embedded_slots(cpu_slots),
@@ -190,6 +191,24 @@ def _loopback_only() -> Iterator[None]:
             del os.environ[LOOPBACK_SWITCH]
         else:
             os.environ[LOOPBACK_SWITCH] = before[0]
+
+
+@contextmanager
+def _needed_processes(*, dashboard: bool) -> Iterator[None]:
+    """Ray started inside has no autoscaler, and without `dashboard` no server for one, which would
+    report Ray's usage and serve nothing: 50 and 75 MB. Ray has no argument for either."""
+    before = Node.start_monitor, Node.start_api_server
+    Node.start_monitor = _start_nothing  # type: ignore[method-assign]
+    if not dashboard:
+        Node.start_api_server = _start_nothing  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Node.start_monitor, Node.start_api_server = before  # type: ignore[method-assign]
+
+
+def _start_nothing(*_: object, **__: object) -> None:
+    """In place of a process that Ray starts."""
 
 
 def embedded_slots(cpu_slots: float) -> int:

@@ -33,6 +33,7 @@ with connect(ClusterConfig(address="local"), cpu_slots=8) as cluster:
     sockets = set()
     for process in psutil.Process().children(recursive=True):
         sockets |= {c.laddr.ip for c in process.net_connections() if c.status == "LISTEN"}
+    commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
     errors = []
     for need in ({"cpu_slots": 1000}, {"gpus": 1000}):
         try:
@@ -44,6 +45,7 @@ with connect(ClusterConfig(address="local"), cpu_slots=8) as cluster:
         "ranks": ray.get(hosts),
         "slots": cluster.num_cpu_slots,
         "sockets": sorted(sockets),
+        "commands": commands,
         "errors": errors,
         "text": cluster.describe(),
         "python": cluster.nodes[0].probe.python,
@@ -73,6 +75,9 @@ def test_embedded_cluster_has_slots_beyond_the_cores_and_listens_on_loopback_onl
     assert result["sockets"] and all(
         address.removeprefix("::ffff:") == "127.0.0.1" for address in result["sockets"]
     )
+    assert any("gcs_server" in command for command in result["commands"])
+    for idle in ("/monitor.py", "dashboard/dashboard.py"):
+        assert not any(idle in command for command in result["commands"])
     assert "1000 CPU slots" in result["errors"][0] and "1000 GPUs" in result["errors"][1]
     assert result["python"] == probe().python and "(embedded) at 127.0.0.1" in result["text"]
     assert result["endpoints"][0].startswith("http://127.0.0.1:")
