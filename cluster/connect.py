@@ -113,7 +113,7 @@ def connect(
     """Connect, check every node, and make sure that the cluster has what the run's pools need
     together.
 
-    `cpu_slots` and `gpus` are what all pools take: devices x cpus_per_device, and CUDA devices.
+    `cpu_slots`: devices x cpus_per_device, and a slot for each of episode.processes; `gpus`: CUDA devices.
     `nodes_chosen`: every pool says which type of GPU it takes, so that nodes may have several.
     Called again (or where Ray is connected already) it joins that connection. Raises a ValueError
     for what does not fit (versions, too few devices, a wrong address) and a RuntimeError where
@@ -333,7 +333,7 @@ def _check_size(info: ClusterInfo, cpu_slots: float, gpus: float) -> None:
         )
     if info.num_cpu_slots < cpu_slots:
         raise ValueError(
-            f"cluster: the pools need {cpu_slots:g} CPU slots, the cluster has "
+            f"cluster: the run needs {cpu_slots:g} CPU slots, the cluster has "
             f"{info.num_cpu_slots:g}; start its nodes with `ray start --num-cpus=...`, use fewer "
-            "devices, or lower cpus_per_device"
+            "devices, or lower cpus_per_device or episode.processes"
         )

@@ -11,10 +11,11 @@ import logging
 from transformers import PreTrainedTokenizerBase
 
 from controllers import ALGORITHMS
-from recipes.config import RunConfig
+from hybridflow.protocols import data_groups
+from recipes.config import RunConfig, Runtime
 from recipes.placing import Placement
 from recipes.roles import reward_settings
-from workers.agents.config import EpisodeConfig, History
+from workers.agents.config import EpisodeActorConfig, EpisodeConfig, History
 from workers.agents.interfaces import as_episode, environment_name
 from workers.agents.outcome import EnvironmentMistake
 from workers.agents.renderer import FURTHER, QUESTION, Renderer
@@ -34,6 +35,11 @@ def check_environment(placement: Placement) -> None:
         return
     name = environment_name(config.environment)
     interface = as_episode(config.environment)
+    if config.episode.processes and config.runtime is Runtime.local:
+        raise ValueError(
+            f"episode.processes={config.episode.processes} with runtime=local, which is one process; "
+            "leave it out, or use runtime=ray"
+        )
     scored = reward_settings(config)
     if not interface.rewards and scored.function is None and scored.model is None:
         raise ValueError(
@@ -63,6 +69,17 @@ def check_environment(placement: Placement) -> None:
             f"episode.history=segments: an episode may have several contexts, and reward.model="
             f"{scored.model.path} reads one; use reward.function or the environment's own reward"
         )
+
+
+def num_processes(placement: Placement) -> int:
+    """Processes that run episodes and nothing else, of all generation replicas."""
+    number = 0
+    for role in placement.roles:
+        if isinstance(role.config, EpisodeActorConfig):
+            generation = placement.layouts(role).get("generation")
+            replicas = data_groups(generation) if generation is not None else ()
+            number += role.config.episode.processes * len(replicas)
+    return number
 
 
 def check_template(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:

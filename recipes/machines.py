@@ -18,6 +18,7 @@ from hybridflow.local_pool import LocalPool
 from hybridflow.pool import PoolSpec, ResourcePool
 from hybridflow.ray_pool import start_pools
 from recipes.config import Device, PlacementMode, Runtime
+from recipes.episodes import num_processes
 from recipes.placing import Placement
 from workers.generation import generation_engine_class
 
@@ -50,7 +51,7 @@ def connect_cluster(placement: Placement) -> AbstractContextManager[ClusterInfo 
         chosen = chosen and name in config.pools and bool(config.pools[name].node_resource)
     return connect(
         config.cluster,
-        cpu_slots=devices * config.cpus_per_device,
+        cpu_slots=devices * config.cpus_per_device + num_processes(placement),
         gpus=gpus,
         nodes_chosen=chosen,
     )

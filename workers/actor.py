@@ -146,7 +146,7 @@ class ActorWorker(ActorTrainingWorker, Actor, StreamingGenerator):
     def close(self) -> None:
         self.stream.close()
         self.pool_memory.holders.discard(self)
-        self.sampler.engine.close()
+        self.sampler.close()
 
     def _to_generation(self) -> None:
         """Steps 1 and 2: wakes the generation engine and brings it the latest weights."""

@@ -44,4 +44,4 @@ class GeneratorWorker(Generator):
         return self.sampler.generate(prompts, sampling, do_sample=do_sample)
 
     def close(self) -> None:
-        self.sampler.engine.close()
+        self.sampler.close()

@@ -101,6 +101,10 @@ class Sampler:
         )
         return self._with_routes(batch, generated, prompt_ids.lengths + lengths)
 
+    def close(self) -> None:
+        """Ends the engine."""
+        self.engine.close()
+
     def submit(self, prompts: Batch, *, do_sample: bool = True) -> list[int]:
         """Adds a row for every prompt, as generate draws them; returns the engine's keys."""
         sampling = self._settled(self.config.generation.sampling)

@@ -172,7 +172,7 @@ class GenerationWorker(SplitGenerator):
 
     def close(self) -> None:
         self.stream.close()
-        self.sampler.engine.close()
+        self.sampler.close()
 
 
 class SplitActor(Actor):

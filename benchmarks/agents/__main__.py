@@ -5,8 +5,9 @@
 A row for each task and interface: success (mean reward of held-out tasks, greedy) before and after
 training with recipes.grpo, episodes per second, turns, groups given up, and the seconds of the whole
 row: `warm_start_s` of them (0 where another row of the task and seed has made model and data),
-`training_s`, and validation. The last row is the throughput of 256 episodes at a time whose
-environments take random time, with and without lockstep, over that without delays.
+`training_s`, and validation. Then the throughput of 256 episodes at a time whose environments take
+random time, with and without lockstep, over that without delays (throughput); and the speed of
+environments that compute in two processes of their own, over that in the engine's (busy).
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.agents.processes import busy
 from hybridflow import run
 from recipes.agents.prepare import TASKS, prepare, settings
 from recipes.quickstart.model import make_tokenizer
 from workers.agents.config import EpisodeConfig
-from workers.agents.executor import Executor
+from workers.agents.executor import Episodes, Executor
 from workers.agents.model import Draw, Drawn, Limits, Model, Request
 from workers.agents.renderer import Renderer
 from workers.text import ResponseReader
@@ -42,7 +45,7 @@ MOST_DELAY_S = 0.05
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--only", default="", help="task/interface, or throughput")
+    parser.add_argument("--only", default="", help="task/interface, throughput, or busy")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--engine", default="hf")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a row for each")
@@ -61,6 +64,9 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
     if arguments.only in ("", "throughput"):
         rows.append(throughput())
+        print(json.dumps(rows[-1]), flush=True)
+    if arguments.only in ("", "busy"):
+        rows.append(busy(2))
         print(json.dumps(rows[-1]), flush=True)
     arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -150,7 +156,8 @@ def episodes_per_s(most_delay_s: float, *, lockstep: bool) -> float:
 
     began = time.perf_counter()
     for _ in range(NUM_TASKS // NUM_EPISODES):
-        Executor(episode, "delays", config, make_model, answer).run([{}] * NUM_EPISODES)
+        begin = partial(Episodes, episode, "delays", config, make_model)
+        Executor(begin, answer, lockstep=lockstep).run([{}] * NUM_EPISODES)
     return NUM_TASKS / (time.perf_counter() - began)
 
 

@@ -373,7 +373,7 @@ def test_an_agent_that_meets_a_limit_has_not_failed(in_a_thread: bool) -> None:
     config = EpisodeConfig(max_turns=3, retries=0)
     finished, _ = run(episode if in_a_thread else with_a_loop, 1, config)
     assert finished[0].outcome == Outcome(reward=0.0) and not finished[0].failures
-    assert finished[0].model.finish_reason == "turns"
+    assert finished[0].segments.finish_reason == "turns"
 
 
 def test_an_agent_that_fails_behind_a_limit_has_failed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import sys
 import time
@@ -14,7 +15,8 @@ import pytest
 from tests.agents.chat import conversation, drawn
 from workers.agents.config import EpisodeConfig
 from workers.agents.environment import play
-from workers.agents.executor import Episode, Executor, Finished
+from workers.agents.executor import Episode, Episodes, Executor
+from workers.agents.live import Finished
 from workers.agents.model import Draw, Drawn, Model, Request
 from workers.agents.outcome import EnvironmentMistake
 
@@ -35,7 +37,8 @@ def run(
         return [drawn(f"{len(request.ids)}") for request in requests]
 
     tasks = [{"row": row} for row in range(count)]
-    return Executor(episode, "test", config, make_model, answer).run(tasks), rounds
+    begin = functools.partial(Episodes, episode, "test", config, make_model)
+    return Executor(begin, answer, lockstep=config.lockstep).run(tasks), rounds
 
 
 def turns_of(row: int) -> int:
@@ -57,7 +60,7 @@ def test_lockstep_does_not_depend_on_time(sleeps: bool) -> None:
 
     finished, rounds = run(episode, 9)
     assert rounds == [[row for row in range(9) if turns_of(row) > turn] for turn in range(3)]
-    assert [len(episode.model.transcript.turns) for episode in finished] == [1, 2, 3] * 3
+    assert [len(episode.segments.transcripts[0].turns) for episode in finished] == [1, 2, 3] * 3
 
 
 def test_without_lockstep_nobody_waits_for_the_slowest() -> None:
@@ -74,7 +77,7 @@ def test_without_lockstep_nobody_waits_for_the_slowest() -> None:
         return 1.0
 
     finished, rounds = run(episode, 4, EpisodeConfig(lockstep=False))
-    assert all(len(episode.model.transcript.turns) == 3 for episode in finished)
+    assert all(len(episode.segments.transcripts[0].turns) == 3 for episode in finished)
     assert 3 not in rounds[0] and 3 not in rounds[1]
     assert sum(map(len, rounds)) == 12
 
@@ -126,7 +129,7 @@ def test_a_failure_is_no_reward(phase: str) -> None:
     (mended,), _ = run(episode, 1)
     assert mended.outcome is not None and mended.outcome.reward == 1.0
     assert len(mended.failures) == 1 and closed() == 2
-    assert len(mended.model.transcript.turns) == 1, "the second attempt began afresh"
+    assert len(mended.segments.transcripts[0].turns) == 1, "the second attempt began afresh"
 
 
 def test_one_that_hangs_does_not_hold_the_others() -> None:
@@ -203,7 +206,9 @@ def test_an_engine_that_fails_ends_the_episodes() -> None:
         raise RuntimeError("out of memory")
 
     executor = Executor(
-        episode, "test", ONCE_MORE, lambda row, draw: conversation(draw, row=row), answer
+        lambda: Episodes(episode, "test", ONCE_MORE, lambda row, draw: conversation(draw, row=row)),
+        answer,
+        lockstep=True,
     )
     with pytest.raises(RuntimeError, match="out of memory"):
         executor.run([{"row": 0}, {"row": 1}])
@@ -255,7 +260,8 @@ def test_what_an_episode_leaves_behind_is_over_with_it(fails: bool) -> None:
     behind: list[asyncio.Task[None]] = []
     finished, _ = run(episode, 1, EpisodeConfig(retries=1))
     assert finished[0].outcome is not None and attempts == 1 + fails
-    assert finished[0].model.segments.num_turns == 1 and finished[0].model.transcript.turns
-    assert len(finished[0].model.ids) == 1 + finished[0].model.transcript.turns[0].length
+    (transcript,) = finished[0].segments.transcripts
+    assert finished[0].segments.num_turns == 1 and transcript.turns
+    assert len(transcript.ids) == 1 + transcript.turns[0].length
     assert len(finished[0].laps) == 2, "before the reply, and after it"
     assert all(task.done() for task in behind)

@@ -20,7 +20,7 @@ from tests.agents.chat import conversation, drawn, saying
 from tests.agents.test_executor import ONCE_MORE, run
 from workers.agents.config import EpisodeConfig
 from workers.agents.environment import messages_of, play, step_of
-from workers.agents.executor import Executor
+from workers.agents.executor import Episodes, Executor
 from workers.agents.heartbeat import Heartbeat
 from workers.agents.interfaces import as_episode
 from workers.agents.model import Drawn, Model, Request
@@ -144,7 +144,9 @@ def test_every_attempt_has_the_task_of_the_data() -> None:
     tasks = [{"row": row, "shared": shared} for row in range(3)]
     config = EpisodeConfig(retries=1)
     executor = Executor(
-        episode, "test", config, lambda row, draw: conversation(draw, row=row), lambda asked: []
+        lambda: Episodes(episode, "test", config, lambda row, draw: conversation(draw, row=row)),
+        lambda asked: [],
+        lockstep=True,
     )
     finished = executor.run(tasks)
     assert [episode.outcome is not None for episode in finished] == [True] * 3
@@ -250,7 +252,9 @@ def test_replies_that_are_asked_for_side_by_side() -> None:
 
     config = EpisodeConfig(step_timeout_s=20)
     finished = Executor(
-        episode, "test", config, lambda row, draw: conversation(draw, row=row), answer
+        lambda: Episodes(episode, "test", config, lambda row, draw: conversation(draw, row=row)),
+        answer,
+        lockstep=True,
     ).run([{}, {}])
     assert [episode.outcome.reward for episode in finished if episode.outcome] == [5.0, 5.0]
     for row in range(2):
@@ -421,7 +425,7 @@ def test_an_episode_without_end_meets_the_limit_of_turns() -> None:
 
     finished, rounds = run(episode, 2, EpisodeConfig(max_turns=5))
     assert len(rounds) == 5
-    assert [episode.model.finish_reason for episode in finished] == ["turns", "turns"]
+    assert [episode.segments.finish_reason for episode in finished] == ["turns", "turns"]
 
 
 class Hard(Steps):

@@ -19,7 +19,8 @@ from tests.agents.test_executor import run
 from workers.agents import endpoint_options
 from workers.agents.config import EpisodeConfig
 from workers.agents.endpoint import Endpoint
-from workers.agents.executor import Executor, Finished
+from workers.agents.executor import Episodes, Executor
+from workers.agents.live import Finished
 from workers.agents.model import Drawn, Model, Request
 from workers.agents.outcome import Outcome
 from workers.agents.rows import in_order
@@ -175,20 +176,21 @@ def test_a_refusal_that_an_agent_swallows_is_no_reward(
         return [drawn("one") for _ in requests]
 
     def outcome(then: int) -> Finished:
-        executor = Executor(
+        begin = functools.partial(
+            Episodes,
             swallows(request_, then),
             "test",
             EpisodeConfig(retries=0),
             lambda row, draw: conversation(draw, row=row),
-            slow,
         )
+        executor = Executor(begin, slow, lockstep=True)
         (finished,) = executor.run([{"row": 0}])
         return finished
 
     (failure,) = outcome(0).failures
     assert failure.kind == "RequestRefused" and reason in failure.text
     recovered = outcome(1)
-    assert recovered.outcome == Outcome(reward=0.0) and recovered.model.segments.num_turns == 1
+    assert recovered.outcome == Outcome(reward=0.0) and recovered.segments.num_turns == 1
 
 
 def test_an_agent_that_takes_the_first_answer_has_not_failed() -> None:

@@ -15,7 +15,7 @@ from hybridflow.columns import Ragged
 from tests.agents.chat import STRIPS, chat_settings, conversation, saying
 from workers.agents.config import EpisodeConfig, History
 from workers.agents.endpoint import Endpoint
-from workers.agents.executor import Finished
+from workers.agents.live import Finished
 from workers.agents.model import Model
 from workers.agents.outcome import LimitReached, Outcome
 from workers.agents.rows import Row, batch_of, row_of
@@ -31,7 +31,7 @@ def user(text: str) -> dict[str, Any]:
 
 def row(model: Model, turn_rewards: list[float]) -> Row:
     outcome = Outcome(reward=sum(turn_rewards), turn_rewards=turn_rewards)
-    return row_of(Finished(model=model, outcome=outcome), weight_version=0)
+    return row_of(Finished(segments=model.segments, outcome=outcome), weight_version=0)
 
 
 def contexts(of: Row) -> list[list[int]]:

@@ -45,13 +45,17 @@ class EpisodeConfig:
     """Ask the generation engine when every live episode waits for it, so that a run does not depend
     on how long environments take; false asks when half of them wait and no others have joined
     them for a tenth of the last round's time."""
+    processes: int = 0
+    """Processes of each generation replica that run the episodes, Ray actors that take a processor
+    each: for environments that compute much, need other nodes, or may crash; 0: the process of the
+    generation engine runs them."""
     history: History = History.checked
     """The reaction where the chat template would write earlier turns differently."""
 
     def __post_init__(self) -> None:
         if self.max_turns < 1:
             raise ValueError(f"episode.max_turns is {self.max_turns}; use at least 1")
-        for name in ("max_sampled_tokens", "retries"):
+        for name in ("max_sampled_tokens", "retries", "processes"):
             if vars(self)[name] < 0:
                 raise ValueError(f"episode.{name} is {vars(self)[name]}; use 0 or more")
         if not self.step_timeout_s > 0:

@@ -12,9 +12,10 @@ import time
 from collections.abc import Sequence
 
 from hybridflow.batch import Batch
-from workers.agents.executor import Asked, Episodes, Finished
-from workers.agents.model import Draw, Drawn, Model, Request
-from workers.agents.sampler import EpisodeSampler, Plan
+from workers.agents.live import Finished, LiveEpisodes, PendingRequest
+from workers.agents.model import Drawn, Request
+from workers.agents.models import Plan
+from workers.agents.sampler import EpisodeSampler
 from workers.roles import EndedRow, Progress, RowName
 from workers.row_stream import row_names
 
@@ -31,16 +32,16 @@ class EpisodeStream:
         self._sampler = sampler
         self._lockstep = sampler.config.episode.lockstep
         self._replica = sampler.replica
-        self._episodes: Episodes | None = None
+        self._episodes: LiveEpisodes | None = None
         self._next_row = 0
         self._names: dict[int, RowName] = {}
         """The episodes that are live, by the number that they run under."""
         self._plans: dict[int, Plan] = {}
         self._drawing: list[int] = []
         """The engine's keys of the requests that it works on."""
-        self._asked: list[Asked] = []
+        self._pending: list[PendingRequest] = []
         """The same requests, on the rank that runs the episodes."""
-        self._replies: list[tuple[Asked, Drawn]] = []
+        self._replies: list[tuple[PendingRequest, Drawn]] = []
         """To requests of the round that is under way."""
         self._ended: dict[RowName, Finished] = {}
 
@@ -55,17 +56,8 @@ class EpisodeStream:
         self._names |= zip(rows, names, strict=True)
         self._plans |= zip(rows, plans, strict=True)
         if self._episodes is None:
-            sampler = self._sampler
-            self._episodes = Episodes(
-                sampler.interface.episode,
-                sampler.interface.name,
-                sampler.config.episode,
-                self._make_model,
-            )
+            self._episodes = self._sampler.episodes(self._plans)
         self._episodes.start(dict(zip(rows, prompts.objects("task"), strict=True)))
-
-    def _make_model(self, row: int, draw: Draw) -> Model:
-        return self._sampler.make_model(row, draw, self._plans[row])
 
     def advance(self, limit: int) -> Progress:
         """See StreamingGenerator.advance; the engine has its weights."""
@@ -97,12 +89,12 @@ class EpisodeStream:
         del self._plans[row]
         self._ended[name] = finished
         versions = []
-        for transcript in finished.model.segments.transcripts:
+        for transcript in finished.segments.transcripts:
             versions += transcript.weight_versions
         present = self._sampler.engine.weight_version
         return EndedRow(name, min(versions, default=present), max(versions, default=present))
 
-    def _round(self, episodes: Episodes, limit: int) -> int:
+    def _round(self, episodes: LiveEpisodes, limit: int) -> int:
         """Steps of the round that is under way, or of the next one, for which every live episode
         has to ask; ends with it."""
         if not self._drawing:
@@ -113,7 +105,7 @@ class EpisodeStream:
             episodes.wait(1.0)  # those that end with these replies do so in this slice
         return num_steps
 
-    def _any(self, episodes: Episodes, limit: int) -> int:
+    def _any(self, episodes: LiveEpisodes, limit: int) -> int:
         """Steps for whichever requests there are."""
         num_steps = 0
         while num_steps < limit:
@@ -125,17 +117,17 @@ class EpisodeStream:
                 break
         return num_steps
 
-    def _work(self, episodes: Episodes, limit: int) -> int:
+    def _work(self, episodes: LiveEpisodes, limit: int) -> int:
         """Takes in the requests that nobody has taken, and has all ranks run steps; returns their
         number."""
         pending = [] if self._lockstep and self._drawing else episodes.requests()
         if not pending and not self._drawing:
             return 0
-        gone = [place for place, asked in enumerate(self._asked) if asked.answer.done()]
+        gone = [place for place, pending in enumerate(self._pending) if pending.is_gone]
         for place in reversed(gone):
-            del self._asked[place]
+            del self._pending[place]
         work = [(waiting.request, self._plans[waiting.request.row]) for waiting in pending]
-        self._asked += pending
+        self._pending += pending
         return self._replica.compute(self._compute, gone, work, limit)
 
     def _compute(
@@ -154,11 +146,11 @@ class EpisodeStream:
             place = self._drawing.index(key)
             del self._drawing[place]
             if self._replica.leads:
-                pending = self._asked.pop(place)
+                pending = self._pending.pop(place)
                 self._replies.append((pending, self._sampler.reply(row, pending.request)))
         return num_steps
 
-    def _answer(self, episodes: Episodes) -> None:
+    def _answer(self, episodes: LiveEpisodes) -> None:
         """Hands out the replies that are complete."""
         replies, self._replies = self._replies, []
         episodes.answer(replies)
@@ -177,7 +169,7 @@ class EpisodeStream:
         self._sampler.engine.cancel(self._drawing)
         for of_rows in (self._names, self._plans, self._ended):
             of_rows.clear()
-        for of_requests in (self._drawing, self._asked, self._replies):
+        for of_requests in (self._drawing, self._pending, self._replies):
             of_requests.clear()
 
     def close(self) -> None:

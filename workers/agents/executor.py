@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import logging
-import math
 import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from workers.agents.config import EpisodeConfig
 from workers.agents.heartbeat import Heartbeat
+from workers.agents.live import Finished, LiveEpisodes, PendingRequest, Task
 from workers.agents.model import Drawn, Model, Request
 from workers.agents.outcome import (
     EnvironmentMistake,
@@ -46,23 +46,8 @@ MOST_SAID = 500
 """Characters of an error's own text in the log."""
 FIRST_ROUND_S = 1.0
 """Stands for the last round's time before the first one."""
-Task = dict[str, Any]
-"""The row of data that an episode is about: its columns, and `prompt` where it has one."""
 Episode = Callable[[Model, Task], Coroutine[Any, Any, Any]]
 """async def episode(model, task) -> float | Outcome"""
-
-
-@dataclass(kw_only=True)
-class Finished:
-    """An episode that came to its end, or that failed every time."""
-
-    model: Model
-    outcome: Outcome | None
-    """None where it failed."""
-    failures: list[Failure] = field(default_factory=list)
-    """Why each failed attempt failed."""
-    laps: list[float] = field(default_factory=list)
-    """Seconds of the last attempt outside of replies: before each reply, and after the last one."""
 
 
 class Clock:
@@ -95,26 +80,10 @@ class Clock:
             self._timer = None
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Asked:
-    """A request, and the episode's wait for its answer."""
-
-    request: Request
-    answer: asyncio.Future[Drawn]
-
-
-class Episodes:
+class Episodes(LiveEpisodes):
     """episodes = Episodes(episode, name, config, make_model)
-    episodes.start({0: task, 1: other})
-    while episodes.num_live:
-        episodes.wait(share=1.0)
-        for pending in episodes.requests():
-            episodes.answer([(pending, reply)])
-    finished = episodes.finished()          # {0: Finished, 1: Finished}
-    episodes.close()
 
-    make_model(row, draw) -> Model of a new attempt. A mistake of the environment's code is raised
-    by wait.
+    Those of this process. make_model(row, draw) -> Model of a new attempt.
     """
 
     def __init__(
@@ -132,81 +101,42 @@ class Episodes:
         self._thread.start()
         limit_s = max(config.step_timeout_s, LEAST_STANDSTILL_S)
         self._heartbeat = Heartbeat(self._loop, self._thread, name, limit_s)
-        self._changed = threading.Condition()
-        """Guards what follows, which both threads read and write."""
+        super().__init__(look=self._heartbeat.check, look_s=self._heartbeat.interval_s)
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._live: set[int] = set()
-        self._asked: dict[int, Asked] = {}
-        self._finished: dict[int, Finished] = {}
-        self._error: Exception | None = None
+        self._answers: dict[int, asyncio.Future[Drawn]] = {}
+        """Answers that episodes wait for, by the number of the request."""
+        self._numbers = itertools.count()
         self._told: Counter[str] = Counter()
 
-    def start(self, tasks: Mapping[int, Task]) -> None:
-        """Starts an episode for every row."""
+    def start(
+        self, tasks: Mapping[int, Task], failures: Mapping[int, Sequence[Failure]] | None = None
+    ) -> None:
+        """See LiveEpisodes.start; `failures`: those of attempts that were made elsewhere."""
+        before = failures or {}
         with self._changed:
             self._live |= tasks.keys()
 
         def begin() -> None:
             for row, task in tasks.items():
-                self._running[row] = self._loop.create_task(self._with_retries(row, task))
+                attempts = self._with_retries(row, task, list(before.get(row, ())))
+                self._running[row] = self._loop.create_task(attempts)
 
         self._loop.call_soon_threadsafe(begin)
 
-    @property
-    def num_live(self) -> int:
-        """Episodes that have not come to their end."""
-        return len(self._live)
-
-    @property
-    def num_asked(self) -> int:
-        """Requests that nobody has taken."""
-        return len(self._asked)
-
-    def wait(self, share: float, timeout_s: float | None = None) -> bool:
-        """Returns True when at least that share of the live episodes wait for a reply that was not
-        asked for yet, at least one of them, or none is live; False after `timeout_s`. Raises a
-        mistake of the environment's code, such as blocking the loop that all episodes share."""
-
-        def is_due() -> bool:
-            least = max(1, math.ceil(share * len(self._live)))
-            return self._error is not None or not self._live or len(self._asked) >= least
-
-        until = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            self._heartbeat.check()
-            left = max(0.0, min(until - time.monotonic(), self._heartbeat.interval_s))
-            with self._changed:
-                due = self._changed.wait_for(is_due, left)
-                if self._error is not None:
-                    raise self._error
-                if due or time.monotonic() >= until:
-                    return due
-
-    def requests(self) -> list[Asked]:
-        """The requests that nobody has taken, in the order of their rows."""
-        with self._changed:
-            pending, self._asked = self._asked, {}
-            return [pending[row] for row in sorted(pending)]
-
-    def answer(self, answers: Sequence[tuple[Asked, Drawn]]) -> None:
-        """The replies to requests; one that the episode no longer waits for is dropped."""
+    def answer(self, answers: Sequence[tuple[PendingRequest, Drawn]]) -> None:
+        """See LiveEpisodes.answer."""
 
         def deliver() -> None:
             for pending, reply in answers:
-                if not pending.answer.done():
-                    pending.answer.set_result(reply)
+                answer = self._answers.get(pending.number)
+                if answer is not None and not answer.done():
+                    answer.set_result(reply)
 
         self._loop.call_soon_threadsafe(deliver)
 
-    def finished(self) -> dict[int, Finished]:
-        """The episodes that came to their end since the last call, by their rows."""
-        with self._changed:
-            finished, self._finished = self._finished, {}
-            return dict(sorted(finished.items()))
-
     def close(self) -> None:
-        """Cancels what is live, and returns when it has closed what it had open. A loop that is
-        blocked is left alone, in a thread that keeps no process from ending."""
+        """See LiveEpisodes.close. A loop that is blocked is left alone, in a thread that keeps no
+        process from ending."""
         if self._heartbeat.is_late:
             return
         asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
@@ -219,10 +149,9 @@ class Episodes:
             attempt.cancel()
         await _settle()
 
-    async def _with_retries(self, row: int, task: Task) -> None:
-        failures: list[Failure] = []
+    async def _with_retries(self, row: int, task: Task, failures: list[Failure]) -> None:
         try:
-            for _ in range(1 + self.config.retries):
+            for _ in range(max(1, 1 + self.config.retries - len(failures))):
                 clock = Clock(self.config.step_timeout_s)
                 finished = await self._attempt(row, task, clock, failures)
                 if finished.outcome is not None:
@@ -232,15 +161,10 @@ class Episodes:
             if isinstance(raised, EnvironmentMistake) and self.name not in str(raised):
                 error = EnvironmentMistake(f"environment={self.name}: {raised}")
                 error.__cause__ = raised
-            with self._changed:
-                self._error = self._error or error
-                self._changed.notify_all()
+            self._fail(error)
             return
-        with self._changed:
-            del self._running[row]
-            self._live.remove(row)
-            self._finished[row] = finished
-            self._changed.notify_all()
+        del self._running[row]
+        self._end(row, finished)
 
     async def _attempt(
         self, row: int, task: Task, clock: Clock, failures: list[Failure]
@@ -256,21 +180,22 @@ class Episodes:
             if attempt.done():  # a task that the episode left behind
                 raise asyncio.CancelledError
             clock.stop()
-            pending = Asked(request, self._loop.create_future())
-            waiting.add(pending.answer)
-            with self._changed:
-                self._asked[row] = pending
-                self._changed.notify_all()
+            pending, answer = (
+                PendingRequest(request, next(self._numbers)),
+                self._loop.create_future(),
+            )
+            self._answers[pending.number] = answer
+            waiting.add(answer)
+            self._take(pending)
             answered = False
             try:
-                reply = await pending.answer
+                reply: Drawn = await answer
                 answered = True
                 return reply
             finally:
-                waiting.discard(pending.answer)
-                with self._changed:
-                    if self._asked.get(row) is pending:
-                        del self._asked[row]
+                waiting.discard(answer)
+                del self._answers[pending.number]
+                self._forget(pending)
                 clock.start(attempt, again=not answered)
 
         waiting: set[asyncio.Future[Drawn]] = set()
@@ -307,7 +232,9 @@ class Episodes:
                 answer.cancel()
             await asyncio.sleep(0)
             clock.stop()
-        return Finished(model=model, outcome=outcome, failures=failures, laps=clock.laps)
+        return Finished(
+            segments=model.segments, outcome=outcome, failures=failures, laps=clock.laps
+        )
 
     def _tell(self, row: int, text: str, place: str) -> None:
         """Logs a failure, the first few of those at one place; the metrics count all."""
@@ -331,7 +258,7 @@ class Episodes:
 
 
 class Executor:
-    """finished = Executor(episode, name, config, make_model, answer).run(tasks)
+    """finished = Executor(make_episodes, answer, lockstep=True).run(tasks)
 
     answer(requests) -> what the engine drew for each. In lockstep it is asked when every live
     episode waits; without, when half of them do, and the others have had a while to join them.
@@ -339,22 +266,20 @@ class Executor:
 
     def __init__(
         self,
-        episode: Episode,
-        name: str,
-        config: EpisodeConfig,
-        make_model: Callable[[int, Callable[[Request], Any]], Model],
+        make_episodes: Callable[[], LiveEpisodes],
         answer: Callable[[Sequence[Request]], Sequence[Drawn]],
+        *,
+        lockstep: bool,
     ) -> None:
-        self._arguments = episode, name, config, make_model
-        self._share = 1.0 if config.lockstep else 0.5
-        self.answer = answer
+        self.make_episodes, self.answer = make_episodes, answer
+        self._share = 1.0 if lockstep else 0.5
 
     def run(self, tasks: Sequence[Task]) -> list[Finished]:
         """One finished episode for every task, in order; a mistake of the environment's code, or
         of the engine, is raised here."""
         if not tasks:
             return []
-        episodes = Episodes(*self._arguments)
+        episodes = self.make_episodes()
         try:
             episodes.start(dict(enumerate(tasks)))
             round_s = FIRST_ROUND_S
@@ -372,11 +297,11 @@ class Executor:
             episodes.close()
 
 
-def _let_join(episodes: Episodes, round_s: float) -> None:
+def _let_join(episodes: LiveEpisodes, round_s: float) -> None:
     """Waits for further requests, see JOIN_SHARE."""
     until, before = time.monotonic() + JOIN_SHARE * round_s, -1
-    while before < episodes.num_asked and time.monotonic() < until:
-        before = episodes.num_asked
+    while before < episodes.num_pending and time.monotonic() < until:
+        before = episodes.num_pending
         if episodes.wait(1.0, QUIET_SHARE * round_s):
             return
 

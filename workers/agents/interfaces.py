@@ -12,7 +12,8 @@ from typing import Any
 from hybridflow.registry import load_object
 from hybridflow.wording import kind_of
 from workers.agents.environment import Environment, play
-from workers.agents.executor import Episode, Task
+from workers.agents.executor import Episode
+from workers.agents.live import Task
 from workers.agents.model import Model
 from workers.agents.renderer import Message
 from workers.agents.threads import Caller

@@ -84,9 +84,6 @@ class Segments:
     """How the last reply ended, or the limit that the episode reached."""
     tool_s: float = 0.0
     """Seconds that tools took."""
-    one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while a reply is drawn: replies that are asked for side by side are drawn one after the
-    other, each with noise of its own."""
 
     @property
     def num_turns(self) -> int:
@@ -119,6 +116,9 @@ class Model:
     """The conversation so far, the policy's replies included; to be read."""
     _said: list[Message] = field(default_factory=list)
     """The same, which no code of an episode has changed."""
+    one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One for all conversations of the episode, held while a reply is drawn: replies that are asked for
+    side by side are drawn one after the other, each with noise of its own."""
     _closed: bool = True
     """Whether the last reply ended with a token that ends turns."""
     _ended: str = ""
@@ -170,7 +170,7 @@ class Model:
         where the episode has no turn, token or context left. Whatever it raises, the conversation is
         then as it was before: one that is too long may be gone on with by less.
         """
-        async with self.segments.one_at_a_time:
+        async with self.one_at_a_time:
             if self._is_cut:
                 self.transcript.drop_observation(0)
                 self._is_cut = False

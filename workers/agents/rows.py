@@ -10,7 +10,7 @@ import torch
 
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
-from workers.agents.executor import Finished
+from workers.agents.live import Finished
 from workers.agents.outcome import FAILED
 from workers.agents.transcript import Transcript, Turn
 
@@ -56,7 +56,7 @@ WRITES_AHEAD = (*WRITES, "token_version")
 def row_of(finished: Finished, weight_version: int, given_up: str = "") -> Row:
     """`given_up`: why the episode's group was, empty where it was not; `weight_version`: of the
     present weights."""
-    segments = finished.model.segments
+    segments = finished.segments
     transcripts = in_order(segments.transcripts)
     start = transcripts[0].prompt_length
     prompt = transcripts[0].ids[:start] or [0]
@@ -88,7 +88,7 @@ def row_of(finished: Finished, weight_version: int, given_up: str = "") -> Row:
     before_each, after = finished.laps[: len(turns)], finished.laps[len(turns) :]
     seconds = [before_each[turn.number] for turn in turns if turn.number < len(before_each)] + after
     earned = outcome.turn_rewards or [0.0] * len(turns)
-    reason = finished.model.finish_reason
+    reason = finished.segments.finish_reason
     if outcome.abandoned or not reason:
         reason = "abandoned"
     return Row(

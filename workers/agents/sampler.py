@@ -6,8 +6,8 @@ Leaves out how episodes run (executor.py) and what they are (interfaces.py).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from workers.agents.config import EpisodeActorConfig
-from workers.agents.executor import Executor, Finished
+from workers.agents.executor import Episodes, Executor
 from workers.agents.interfaces import as_episode
-from workers.agents.model import Draw, Drawn, Limits, Model, Request
-from workers.agents.renderer import Renderer
+from workers.agents.live import Finished, LiveEpisodes
+from workers.agents.model import Draw, Drawn, Model, Request
+from workers.agents.models import Models, Plan
+from workers.agents.processes import EpisodesInProcesses, Processes
 from workers.agents.replica import Replica
 from workers.agents.rows import WRITES, batch_of, row_of
 from workers.engines.base import Head
@@ -30,22 +32,11 @@ from workers.generation.checked import check_generations
 from workers.generation.config import SamplingConfig
 from workers.generation.draws import mix
 from workers.generation.rows import FinishedRow
-from workers.generation.sampling import stop_token_ids
 from workers.sampler import Sampler, sample_seeds
-from workers.text import ResponseReader, end_token_ids
+from workers.text import end_token_ids
 from workers.tokenizer import load_tokenizer
 
 LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """How an episode is drawn."""
-
-    seed: int
-    sampling: SamplingConfig
-    most_tokens: int
-    """That the policy may draw in it."""
 
 
 class EpisodeSampler(Sampler):
@@ -65,15 +56,21 @@ class EpisodeSampler(Sampler):
         super().__init__(config, context, layout, load_weights=load_weights, adapter=adapter)
         self.replica = Replica(layout, context)
         self.interface = as_episode(config.environment)
-        tokenizer = load_tokenizer(config.model)
-        self._tokenizer = tokenizer
-        self.renderer = Renderer(tokenizer, self.interface.tools)
-        ends = end_token_ids(config.model, tokenizer=tokenizer)
-        self.end_token_ids = ends
-        self.read = ResponseReader(tokenizer, ends)
-        self.context_tokens = config.generation.max_model_len or position_limit(
-            config.model, Head.lm
+        self._tokenizer = load_tokenizer(config.model)
+        self.models = Models(
+            self._tokenizer,
+            self.interface.tools,
+            end_token_ids(config.model, tokenizer=self._tokenizer),
+            config.episode,
+            context_tokens=config.generation.max_model_len or position_limit(config.model, Head.lm),
+            vocab_size=self._vocab_size,
         )
+        self.processes: Processes | None = None
+        """Those that run the episodes, where it is not this one."""
+        if config.episode.processes and self.replica.leads:
+            self.processes = Processes(
+                config.episode.processes, context, config.environment, config.episode, self.models
+            )
 
     def generate(
         self, prompts: Batch, sampling: SamplingConfig | None, *, do_sample: bool = True
@@ -90,11 +87,9 @@ class EpisodeSampler(Sampler):
             return Batch.of()
 
         executor = Executor(
-            self.interface.episode,
-            self.interface.name,
-            self.config.episode,
-            lambda row, draw: self.make_model(row, draw, plans[row]),
+            lambda: self.episodes(plans),
             lambda requests: self.replica.compute(compute, requests),
+            lockstep=self.config.episode.lockstep,
         )
         try:
             finished = executor.run(prompts.objects("task"))
@@ -115,26 +110,25 @@ class EpisodeSampler(Sampler):
             plans.append(Plan(seed=seed, sampling=sampling, most_tokens=budget))
         return plans
 
-    def make_model(self, row: int, draw: Draw, plan: Plan) -> Model:
-        """The policy as an attempt of that episode sees it."""
-        return Model(
-            row=row,
-            draw=draw,
-            renderer=self.renderer,
-            read=self.read,
-            end_token_ids=frozenset(stop_token_ids(plan.sampling, self.end_token_ids)),
-            config=self.config.episode,
-            limits=Limits(
-                reply_tokens=plan.sampling.max_response_tokens,
-                sampled_tokens=plan.most_tokens,
-                context_tokens=self.context_tokens,
-            ),
-            vocab_size=self._vocab_size,
-        )
+    def episodes(self, plans: Sequence[Plan] | Mapping[int, Plan]) -> LiveEpisodes:
+        """Those of the rows that `plans` has when they start."""
+        if self.processes is not None:
+            return EpisodesInProcesses(self.processes, plans)
+
+        def make_model(row: int, draw: Draw) -> Model:
+            return self.models.make(row, draw, plans[row])
+
+        interface = self.interface
+        return Episodes(interface.episode, interface.name, self.config.episode, make_model)
+
+    def close(self) -> None:
+        if self.processes is not None:
+            self.processes.close()
+        super().close()
 
     def _budgets(self, prompts: Batch) -> list[int]:
         """Most tokens that the policy may draw in each row's episode."""
-        most = self.config.episode.max_sampled_tokens or self.context_tokens
+        most = self.config.episode.max_sampled_tokens or self.models.context_tokens
         if "max_response_tokens" not in prompts:
             return [most] * len(prompts)
         return prompts.tensor("max_response_tokens").clamp(max=most).tolist()
@@ -206,7 +200,7 @@ class EpisodeSampler(Sampler):
                 "set actor.generation.max_model_len higher, or make it shorter",
                 self.interface.name,
                 len(finished),
-                finished[0].model.limits.context_tokens,
+                self.models.context_tokens,
             )
         version = self.engine.weight_version
         return batch_of(
@@ -219,13 +213,13 @@ class EpisodeSampler(Sampler):
 
 def _says_nothing(episode: Finished) -> bool:
     """Whether it came to its end without having asked for a reply."""
-    segments = episode.model.segments
+    segments = episode.segments
     return episode.outcome is not None and not segments.num_turns and not segments.finish_reason
 
 
 def _has_no_room(episode: Finished) -> bool:
     """Whether its context was full before the first reply."""
-    segments = episode.model.segments
+    segments = episode.segments
     return not segments.num_turns and segments.finish_reason == "context"
 
 
