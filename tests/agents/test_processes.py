@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,11 @@ class Fragile:
         self.left = int(task["answer"]) % 3
         with self.log.open("a") as file:
             file.write(f"{os.getpid()}\n")
-        once = self.log.with_suffix(".ended")
-        if task["answer"] == "1" and not once.exists():
-            once.touch()
-            time.sleep(1.0)  # the others of the process have begun
-            os.kill(os.getpid(), signal.SIGKILL)
+        if task["answer"] == "1":
+            with suppress(FileExistsError):  # the first of the group alone
+                self.log.with_suffix(".ended").touch(exist_ok=False)
+                time.sleep(1.0)  # the others of the process have begun
+                os.kill(os.getpid(), signal.SIGKILL)
 
     async def step(self, action: str) -> tuple[str, bool, float]:
         self.left -= 1
