@@ -100,7 +100,7 @@ def step_of(returned: Any) -> tuple[Any, bool, float]:
             ends = flag_of(terminated, "terminated"), flag_of(truncated, "truncated")
             return observation, any(ends), reward
     raise EnvironmentMistake(
-        f"the environment's step returned {str(returned)[:80]!r}; return (observation, done, "
+        f"the environment's step returned {shortened(returned)}; return (observation, done, "
         "reward), Gymnasium's five values, or a dict with observation, done and reward"
     )
 
@@ -119,7 +119,7 @@ def flag_of(value: Any, name: str) -> bool:
     if is_flag(value) or (isinstance(value, int | np.integer) and value in (0, 1)):
         return bool(value)
     raise EnvironmentMistake(
-        f"the environment's step returned {name}={str(value)[:80]!r}; return True or False"
+        f"the environment's step returned {name}={shortened(value)}; return True or False"
     )
 
 
@@ -145,7 +145,7 @@ def messages_of(observation: Any, task: dict[str, Any]) -> list[Message]:
     if isinstance(observation, list | tuple) and observation and all(map(is_message, observation)):
         return list(observation)
     raise EnvironmentMistake(
-        f"the environment's observation is {str(observation)[:80]!r}; return text, a message "
+        f"the environment's observation is {shortened(observation)}; return text, a message "
         "{role, content} with text as content, or a list of messages"
     )
 

@@ -12,16 +12,17 @@ import asyncio
 import copy
 import itertools
 import logging
-import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from workers.agents.clock import Clock
 from workers.agents.config import EpisodeConfig
 from workers.agents.heartbeat import Heartbeat
 from workers.agents.live import Finished, LiveEpisodes, PendingRequest, Task
+from workers.agents.loop_thread import LoopThread
 from workers.agents.model import Drawn, Model, Request
 from workers.agents.outcome import (
     EnvironmentMistake,
@@ -29,8 +30,9 @@ from workers.agents.outcome import (
     LimitReached,
     Outcome,
     checked_outcome,
+    text_of,
 )
-from workers.agents.threads import ThreadEach, as_failure
+from workers.agents.threads import as_failure
 
 LOGGER = logging.getLogger(__name__)
 
@@ -50,36 +52,6 @@ Episode = Callable[[Model, Task], Coroutine[Any, Any, Any]]
 """async def episode(model, task) -> float | Outcome"""
 
 
-class Clock:
-    """Limits the time between replies: past the limit it cancels the episode."""
-
-    def __init__(self, limit_s: float) -> None:
-        self.limit_s, self.late = limit_s, False
-        self.laps: list[float] = []
-        """Seconds before each reply, and after the last one."""
-        self._started, self._before = 0.0, 0.0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def start(self, task: asyncio.Task[Any], *, again: bool = False) -> None:
-        """`again`: the last request got no reply, and its time belongs to the next one's."""
-        self._started = time.perf_counter()
-        self._before = self.laps.pop() if again and self.laps else 0.0
-
-        def cancel() -> None:
-            self.late = True
-            task.cancel()
-            # Whatever closes the environment may hang too, and gets as long again.
-            self._timer = asyncio.get_running_loop().call_later(self.limit_s, cancel)
-
-        self._timer = asyncio.get_running_loop().call_later(self.limit_s, cancel)
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self.laps.append(self._before + time.perf_counter() - self._started)
-            self._timer.cancel()
-            self._timer = None
-
-
 class Episodes(LiveEpisodes):
     """episodes = Episodes(episode, name, config, make_model)
 
@@ -95,12 +67,10 @@ class Episodes(LiveEpisodes):
     ) -> None:
         self.episode, self.name, self.config = episode, name, config
         self.make_model = make_model
-        self._loop = asyncio.new_event_loop()
-        self._loop.set_default_executor(ThreadEach())
-        self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread()
+        self._loop = self._thread.loop
         limit_s = max(config.step_timeout_s, LEAST_STANDSTILL_S)
-        self._heartbeat = Heartbeat(self._loop, self._thread, name, limit_s)
+        self._heartbeat = Heartbeat(self._loop, self._thread.thread, name, limit_s)
         super().__init__(look=self._heartbeat.check, look_s=self._heartbeat.interval_s)
         self._running: dict[int, asyncio.Task[None]] = {}
         self._answers: dict[int, asyncio.Future[Drawn]] = {}
@@ -139,32 +109,28 @@ class Episodes(LiveEpisodes):
         process from ending."""
         if self._heartbeat.is_late:
             return
-        asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _cancel(self) -> None:
-        for attempt in list(self._running.values()):
-            attempt.cancel()
-        await _settle()
+        self._thread.close(self._running)
 
     async def _with_retries(self, row: int, task: Task, failures: list[Failure]) -> None:
         try:
             for _ in range(max(1, 1 + self.config.retries - len(failures))):
-                clock = Clock(self.config.step_timeout_s)
+                clock = Clock(self.config.step_timeout_s, self._stop_run)
                 finished = await self._attempt(row, task, clock, failures)
                 if finished.outcome is not None:
                     break
-        except Exception as raised:  # for the thread that waits, which raises it
-            error = raised
-            if isinstance(raised, EnvironmentMistake) and self.name not in str(raised):
-                error = EnvironmentMistake(f"environment={self.name}: {raised}")
-                error.__cause__ = raised
-            self._fail(error)
+        except Exception as error:
+            self._stop_run(error)
             return
         del self._running[row]
         self._end(row, finished)
+
+    def _stop_run(self, raised: Exception) -> None:
+        """For the thread that waits, which raises it."""
+        error = raised
+        if isinstance(raised, EnvironmentMistake) and f"environment={self.name}" not in str(raised):
+            error = EnvironmentMistake(f"environment={self.name}: {raised}")
+            error.__cause__ = raised
+        self._fail(error)
 
     async def _attempt(
         self, row: int, task: Task, clock: Clock, failures: list[Failure]
@@ -219,7 +185,7 @@ class Episodes(LiveEpisodes):
         except Exception as error:
             # The environment's code and whatever it depends on: never a reward.
             where = traceback.extract_tb(error.__traceback__)[-1]
-            said = " ".join(str(error).split())[:MOST_SAID]
+            said = " ".join(text_of(error).split())[:MOST_SAID]
             text = (
                 f"{type(error).__name__}: {said} ({where.filename}, line {where.lineno}) after "
                 f"{model.segments.num_turns} replies"
@@ -310,10 +276,3 @@ def _is_cancelled() -> bool:
     """Whether the present task itself is being cancelled, and not only what it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-async def _settle() -> None:
-    """Waits until the cancelled episodes have closed what they had open."""
-    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    if others:
-        await asyncio.wait(others, timeout=10.0)

@@ -309,7 +309,7 @@ class Model:
         if all(isinstance(item, int | np.integer) for item in items):
             return self._checked([int(item) for item in items])
         raise EnvironmentMistake(
-            f"model.reply takes messages, token ids or text, not {str(new)[:80]!r}"
+            f"model.reply takes messages, token ids or text, not {shortened(new)}"
         )
 
     def _is_whole(self, new: Any) -> bool:

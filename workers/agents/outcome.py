@@ -124,3 +124,13 @@ def shortened(value: Any) -> str:
         return repr(value)[:80]
     except ValueError:  # an integer of more digits than Python writes
         return "an integer of thousands of digits"
+    except Exception:  # the user's code
+        return f"a {type(value).__name__} without a text"
+
+
+def text_of(error: BaseException) -> str:
+    """The error's own text, which its code may not know."""
+    try:
+        return str(error)
+    except Exception:  # the user's code
+        return "an error without a text"

@@ -14,10 +14,12 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+from workers.agents.outcome import text_of
+
 
 def as_failure(error: BaseException) -> RuntimeError:
     """An error that would end more than the episode whose code raised it, as one that does not."""
-    failure = RuntimeError(f"{type(error).__name__}: {error}".removesuffix(": "))
+    failure = RuntimeError(f"{type(error).__name__}: {text_of(error)}".removesuffix(": "))
     return failure.with_traceback(error.__traceback__)
 
 
