@@ -3,6 +3,7 @@ r"""Mathematics as people and models write it, each pair with the value that a r
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.tiny import tiny_grpo
 from workers.rewards import math, multiple_choice, number
 from workers.rewards.answers import check_answers
 from workers.rewards.combined import CombinedReward
+from workers.rewards.numbers import numbers_in
 
 EQUAL = [
     # degrees, roots, powers and fractions as characters
@@ -144,3 +146,76 @@ def test_an_unreadable_answer_is_found_before_the_start(tmp_path: Path) -> None:
     evaluated["actor.generation.sampling.max_response_tokens"] = 5
     with pytest.raises(ValueError, match=r"data.validation: .*rows.jsonl, line 2"):
         dry_run("evaluate", evaluated, reward="workers.rewards:number")
+
+
+SEPARATORS = [
+    # thousands
+    ("1,234", "1234"),
+    ("1,234.5", "1234.5"),
+    ("1,234,567", "1234567"),
+    ("1.234.567", "1234567"),
+    ("1'234'567", "1234567"),
+    ("1 234 567", "1234567"),
+    ("1\u2009234\u202f567", "1234567"),
+    ("10 000 \u20ac", "10000"),
+    (r"10,\!000", "10000"),
+    (r"1\,234{,}5", "1234.5"),
+    # decimals behind a comma
+    ("1,5", "1.5"),
+    ("-12,50 \u20ac", "-12.5"),
+    ("0,125", "0.125"),
+    ("1234,567", "1234.567"),
+    ("1.234,56", "1234.56"),
+    ("1.234.567,89", "1234567.89"),
+    ("1 234,56", "1234.56"),
+    (r"\boxed{1{,}5}", "1.5"),
+    ("3,14 x 10^2", "314"),
+    # and behind a point
+    ("1.234", "1.234"),
+    # lists
+    ("1,2,3", "1 2 3"),
+    ("1, 5", "1 5"),
+    ("1.5,2.5", "1.5 2.5"),
+    ("1,5, 2,5", "1.5 2.5"),
+    ("(1,5)", "1 5"),
+    ("[-1,5]", "-1 5"),
+    (r"\{1,5\}", "1 5"),
+    (r"1,\;5", "1 5"),
+    ("1 234 5", "1 234 5"),
+    ("2020 100 200", "2020 100 200"),
+]
+
+
+@pytest.mark.parametrize(("text", "values"), SEPARATORS)
+def test_commas_points_and_spaces(text: str, values: str) -> None:
+    assert numbers_in(text) == [Fraction(value) for value in values.split()]
+    assert numbers_in(f"so {text}.") == [Fraction(value) for value in values.split()]
+
+
+def test_plain_spaces_may_part_numbers() -> None:
+    for answer, expected in ((1234567, 1.0), (567, 1.0), (1234, 0.0), (234, 0.0)):
+        assert value(number, "so 1 234 567", answer=answer) == expected
+    assert value(number, "so 567", answer="1 234 567") == 0.0
+
+
+SEVERAL_BOXES = [
+    ("1, 2", r"\boxed{1}, \boxed{2}", 1.0),
+    ("1, 2", r"$x=\boxed{2}$ or $x_2 = \boxed{1}$.", 1.0),
+    ("1, 2", "so\n- \\boxed{1}\n- \\boxed{2}", 1.0),
+    (r"\{1, 2\}", r"\boxed{1} \text{ and } \boxed{2}", 1.0),
+    (r"\boxed{1} and \boxed{2}", r"\boxed{1,2}", 1.0),
+    ("1, 2, 3", r"\boxed{1}, \boxed{2}, \boxed{3}", 1.0),
+    ("1, 2", r"\boxed{1}, \boxed{3}", 0.0),
+    ("1, 2", r"\boxed{2}", 0.0),
+    ("2", r"\boxed{1}, \boxed{2}", 0.0),
+    ("2", r"first \boxed{1}, no, \boxed{2}", 1.0),
+    ("2", "\\boxed{1}\n\n\\boxed{2}", 1.0),
+    ("2", r"\boxed{2}, \boxed{2}", 1.0),
+    ("1/2", r"\boxed{\frac{1}{2}} or \boxed{0.5}", 1.0),
+    ("1, 2", r"no \boxed{7}; then \boxed{1} and \boxed{2}", 1.0),
+]
+
+
+@pytest.mark.parametrize(("answer", "response", "expected"), SEVERAL_BOXES)
+def test_boxes_side_by_side_are_one_list(answer: str, response: str, expected: float) -> None:
+    assert value(math, response, answer=answer) == expected

@@ -15,7 +15,7 @@ import math
 import re
 import resource
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,12 @@ from spelling import (  # type: ignore[import-not-found]
 MEMORY_BYTES = 2 << 30
 """Memory on top of what the process has at its start."""
 BOX = r"\boxed{"
+BETWEEN = re.compile(
+    r"(?!.*\n\s*\n)(?:\s|\$|\\[()\[\],;!:]|[,;&*-]|\\q?quad\b|\b(?:and|or)\b"
+    r"|\\text\{[\s,]*(?:and|or)?\s*\}|\b[A-Za-z](?:_\{?\d\}?)?\s*=)*",
+    re.DOTALL,
+)
+"""Text between boxes that are one list: \\boxed{1} and $x = \\boxed{2}$."""
 PERCENTAGE = re.compile(r"\s*([-+]?[\d.,]+)\s*\\?%\s*")
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 DOLLAR = re.compile(r"(?<!\\)\$")
@@ -48,6 +54,8 @@ class Reading:
     others: list[list[Any]] = field(default_factory=list)
     """Values by other readings: without the unit, or with a comma as the decimal point."""
     unit: str = ""
+    parts: list[Reading] = field(default_factory=list)
+    """Each box by itself, of a list in several boxes."""
 
 
 def main() -> None:
@@ -88,25 +96,25 @@ def lower(name: int, value: int) -> None:
 
 def read_answer(text: str) -> Reading:
     """The reference answer, which is read as a whole: "1, 2" is a set, "5:30" a ratio, and
-    "1.5e3" the number. Of a worked solution, the last box or the last expression counts.
+    "1.5e3" the number. Of a worked solution, the last box (or several, as a list) or the last
+    expression counts.
     """
     text = plainly(text)
-    content = last_boxed(text)
-    if content is None and len(DOLLAR.findall(text)) > 1:
+    if boxes := last_boxes(text):
+        return read_whole(", ".join(boxes))
+    if len(DOLLAR.findall(text)) > 1:
         return Reading(parse(text, parsing_timeout=None))
-    if content is not None:
-        return read_whole(content)
     whole = read_whole(DOLLAR.sub("", text))
     return whole if whole.values else Reading(parse(text, parsing_timeout=None))
 
 
 def read_response(text: str) -> Reading:
-    """The last box, or else what stands between the last <answer> tags, or else the last
-    expression of a response."""
+    """The last box (or several, as a list), or else what stands between the last <answer> tags, or
+    else the last expression of a response."""
     text = plainly(text)
-    content = last_boxed(text)
-    if content is not None:
-        return read_whole(content)
+    if boxes := last_boxes(text):
+        whole = read_whole(", ".join(boxes))
+        return replace(whole, parts=[read_whole(box) for box in boxes[1:] and boxes])
     if marked := ANSWER.findall(text):
         whole = read_whole(DOLLAR.sub("", marked[-1]))
         if whole.values:
@@ -130,6 +138,10 @@ def read_whole(content: str) -> Reading:
 
 
 def are_equal(expected: Reading, found: Reading) -> bool:
+    """Whether the response has the answer; one in several boxes may also have it in each of them:
+    \\boxed{1/2} or \\boxed{0.5}."""
+    if found.parts and all(are_equal(expected, part) for part in found.parts):
+        return True
     if not found.values or units_differ(expected.unit, found.unit):
         return False
     pairs = [(expected.values, found.values)]
@@ -155,16 +167,29 @@ def hundredths(values: list[Any]) -> list[Any]:
     return [value / 100 for value in values if not isinstance(value, str)]
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete \boxed{...} of a text."""
+def last_boxes(text: str) -> list[str]:
+    r"""The contents, each once, of the last complete \boxed{...} of a text and of those before it with
+    nothing but a separator between: \boxed{1}, \boxed{2}."""
+    contents: list[str] = []
+    end = len(text)
     start = text.rfind(BOX)
     while start >= 0:
-        depth = 0
-        for place in range(start + len(BOX) - 1, len(text)):
-            depth += (text[place] == "{") - (text[place] == "}")
-            if depth == 0:
-                return text[start + len(BOX) : place]
+        place = closing_brace(text, start + len(BOX) - 1)
+        if place is not None:
+            if contents and not BETWEEN.fullmatch(text[place + 1 : end]):
+                break
+            contents.insert(0, text[start + len(BOX) : place])
+            end = start
         start = text.rfind(BOX, 0, start)
+    return list(dict.fromkeys(contents))
+
+
+def closing_brace(text: str, opening: int) -> int | None:
+    depth = 0
+    for place in range(opening, len(text)):
+        depth += (text[place] == "{") - (text[place] == "}")
+        if depth == 0:
+            return place
     return None
 
 
