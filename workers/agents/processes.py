@@ -3,8 +3,8 @@ compute takes no time from the generation engine, may be on nodes without a GPU,
 its own process.
 
 All processes of a replica belong to it, so that the turns of an episode are drawn where its prompt
-was read. A process that ends, or says nothing for long, has failed the attempts of its episodes: they
-start again in the others, and a new one takes its place.
+was read. Where one ends, or says nothing for long, its episodes start again in the others, and a new one
+takes its place.
 """
 
 from __future__ import annotations
@@ -336,7 +336,8 @@ class EpisodesInProcesses(LiveEpisodes):
                 self._fail(news.error)
 
     def _lose(self, place: int, reason: str) -> None:
-        """The process has ended: its episodes have failed an attempt."""
+        """The process has ended: the episodes whose environments were at work have failed an attempt,
+        since one of them may have ended it; those that waited for a reply have not."""
         with self._changed:
             if self._is_closed:
                 return
@@ -351,9 +352,12 @@ class EpisodesInProcesses(LiveEpisodes):
                 reason,
             )
             self._processes.replace(place)
-            again = {}
+            at_work = rows.keys() - {pending.request.row for pending in waiting.values()}
+            failure, again = Failure("process", f"its process {reason}"), {}
             for row, start in rows.items():
-                failures = (*start.failures, Failure("process", f"its process {reason}"))
+                failures = start.failures
+                if row in at_work or not at_work:
+                    failures = (*failures, failure)
                 if len(failures) > self._processes.config.retries:
                     nothing = Segments(transcripts=[Transcript()])
                     self._end(
