@@ -93,7 +93,10 @@ def actor_settings(config: RunConfig) -> ActorConfig:
         settings = settings | {"in_flight": config.asynchrony.in_flight}
     if config.environment is not None:
         return EpisodeActorConfig(
-            **settings, environment=config.environment, episode=config.episode
+            **settings,
+            environment=config.environment,
+            episode=config.episode,
+            date=config.data.date,
         )
     if config.asynchrony.staleness:
         return StreamingActorConfig(**settings)
@@ -170,7 +173,9 @@ ROLES: dict[str, RoleKind] = {
         asked_by=kl_settings,
     ),
     "judge": RoleKind(
-        settings=lambda config: JudgeRoleConfig(**vars(config.judge), policy=config.model),
+        settings=lambda config: JudgeRoleConfig(
+            **vars(config.judge), policy=config.model, date=config.data.date
+        ),
         worker=judge_worker,
         head=Head.lm,
     ),

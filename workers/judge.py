@@ -33,7 +33,7 @@ from workers.role_config import JudgeConfig, JudgeRoleConfig, VerdictKind
 from workers.roles import Reward
 from workers.sequences import Sequences
 from workers.text import Beginning, PieceTokenizer, ResponseReader, end_token_ids
-from workers.tokenizer import load_tokenizer
+from workers.tokenizer import dated_tokenizer, load_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Questions:
             end_token_ids(config.policy, tokenizer=self.policy_tokenizer),
             special_tokens=config.special_tokens,
         )
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = dated_tokenizer(config.model, config.date)
         self.tokens = PieceTokenizer(self.tokenizer)
         self.beginning = Beginning(self.tokenizer)
 

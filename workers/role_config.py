@@ -313,3 +313,5 @@ class JudgeRoleConfig(JudgeConfig):
     """The judge's settings, and the model whose tokens its worker turns into text."""
 
     policy: ModelConfig
+    date: str | None = None
+    """See DataConfig.date."""

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from workers.config import ModelConfig
 from workers.hub import check_reachable
+from workers.text.dates import dated
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -44,4 +45,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         )
     if model.chat_template is not None:
         tokenizer.chat_template = model.chat_template
+    return tokenizer
+
+
+def dated_tokenizer(model: ModelConfig, day: str | None) -> PreTrainedTokenizerBase:
+    """The same for rendering alone: its chat template writes `day` (data.date) as the date. What is
+    saved is load_tokenizer()'s."""
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = dated(tokenizer.chat_template, day)
     return tokenizer

@@ -6,13 +6,19 @@ import json
 import logging
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from transformers import AutoTokenizer
 
 from recipes.python_api import dry_run, run
+from tests.agents.chat import QWEN, chat_model, chat_settings
 from tests.tiny import by_length, tiny_grpo
+from workers.agents.model import Model
+from workers.config import ModelConfig
+from workers.judge import Questions
+from workers.role_config import JudgeRoleConfig
 from workers.text import dated
 
 TEMPLATE = (
@@ -90,3 +96,49 @@ def test_prompts_of_the_validation_that_are_trained_on_are_counted(
     (tmp_path / "held.jsonl").write_text(other + "\n")
     dry_run("grpo", values | {"data.validation": tmp_path / "held.jsonl"}, reward=by_length)
     assert "are in data.train too" not in caplog.text
+
+
+def test_episodes_have_the_day_of_the_run(tmp_path: Path) -> None:
+    values = chat_settings(tmp_path) | {
+        "data.date": "2026-01-02",
+        "loop.num_steps": 1,
+        "output_dir": tmp_path / "run",
+    }
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %B') }}." + template.read_text())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    shown = []
+
+    async def one_turn(model: Model, task: dict[str, Any]) -> float:
+        reply = await model.reply(task["prompt"])
+        shown.append(tokenizer.decode(model.ids))
+        return float(len(reply.text) % 5)
+
+    run("grpo", values, environment=one_turn)
+    assert len(shown) == 8
+    assert all(text.startswith("02 January.<|user|>\nCount to ") for text in shown), shown[0]
+
+
+def test_a_judge_has_the_day_of_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where its template alone writes the date, too."""
+    values = chat_settings(tmp_path)
+    judge = chat_model(tmp_path / "judge", "{{ strftime_now('%d %B') }}." + QWEN)
+    written = {
+        "judge.model.path": str(judge),
+        "judge.template": "{prompt} {response}",
+        "judge.yes": "yes",
+        "judge.no": "no",
+        "output_dir": tmp_path / "run",
+    }
+    with caplog.at_level(logging.INFO):
+        dry_run("online_dpo", values | written | {"algorithm.samples_per_prompt": 2})
+    assert f"data.date is {date.today()} for all of the run" in caplog.text
+    config = JudgeRoleConfig(
+        model=ModelConfig(path=str(judge)),
+        policy=ModelConfig(path=str(tmp_path / "model")),
+        date="2026-01-02",
+        template="{prompt} {response}",
+    )
+    questions = Questions(config)
+    text = questions.tokenizer.decode(questions.ask({"prompt": "3", "response": "4"}))
+    assert text == "02 January.<|user|>\n3 4<|end|>\n<|assistant|>\n"

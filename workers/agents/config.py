@@ -71,6 +71,8 @@ class EpisodeActorConfig(StreamingActorConfig):
     environment: Any = None
     """See RunConfig.environment."""
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
+    date: str | None = None
+    """See DataConfig.date."""
 
 
 @dataclass(kw_only=True)

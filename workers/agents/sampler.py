@@ -34,7 +34,7 @@ from workers.generation.draws import mix
 from workers.generation.rows import FinishedRow
 from workers.sampler import Sampler, sample_seeds
 from workers.text import end_token_ids
-from workers.tokenizer import load_tokenizer
+from workers.tokenizer import dated_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class EpisodeSampler(Sampler):
         super().__init__(config, context, layout, load_weights=load_weights, adapter=adapter)
         self.replica = Replica(layout, context)
         self.interface = as_episode(config.environment)
-        self._tokenizer = load_tokenizer(config.model)
+        self._tokenizer = dated_tokenizer(config.model, config.date)
         self.models = Models(
             self._tokenizer,
             self.interface.tools,
