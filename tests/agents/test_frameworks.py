@@ -4,9 +4,13 @@ answers, and every reply is the policy's."""
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
+from transformers.utils import get_json_schema
 
 from tests.agents.chat import conversation, saying
 from workers.agents.endpoint import Endpoint
@@ -79,6 +83,48 @@ async def llama_index(url: str) -> str:
     return str(await workflow.FunctionAgent(tools=[add], llm=model).run(QUESTION))
 
 
+async def agno(url: str) -> str:
+    package = pytest.importorskip("agno.agent")
+    models = pytest.importorskip("agno.models.openai")
+    model = models.OpenAILike(id="policy", base_url=url, api_key="none")
+    return str(
+        (await package.Agent(model=model, tools=[add], telemetry=False).arun(QUESTION)).content
+    )
+
+
+async def autogen(url: str) -> str:
+    agents = pytest.importorskip("autogen_agentchat.agents")
+    models = pytest.importorskip("autogen_ext.models.openai")
+    can = {"vision": False, "function_calling": True, "json_output": False, "family": "unknown"}
+    client = models.OpenAIChatCompletionClient(
+        model="policy",
+        base_url=url,
+        api_key="none",
+        model_info=can | {"structured_output": False},
+    )
+    agent = agents.AssistantAgent(
+        "sums", model_client=client, tools=[add], reflect_on_tool_use=True
+    )
+    answer = str((await agent.run(task=QUESTION)).messages[-1].content)
+    await client.close()
+    return answer
+
+
+async def litellm(url: str) -> str:
+    package = pytest.importorskip("litellm")
+    tool = {"type": "function", "function": get_json_schema(add)["function"]}
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    ask = functools.partial(
+        package.acompletion, model="openai/policy", api_base=url, api_key="none", tools=[tool]
+    )
+    while (message := (await ask(messages=messages)).choices[0].message).tool_calls:
+        messages.append(message.model_dump())
+        for call in message.tool_calls:
+            content = str(add(**json.loads(call.function.arguments)))
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": content})
+    return str(message.content)
+
+
 FINAL = '<tool_call>\n{"name": "final_answer", "arguments": {"answer": "5"}}\n</tool_call>'
 
 
@@ -90,6 +136,9 @@ FINAL = '<tool_call>\n{"name": "final_answer", "arguments": {"answer": "5"}}\n</
         (smolagents, FINAL),
         (langgraph, "5"),
         (llama_index, "5"),
+        (agno, "5"),
+        (autogen, "5"),
+        (litellm, "5"),
     ],
 )
 def test_a_framework_by_url(agent: Callable[[str], Awaitable[str]], last: str) -> None:
@@ -102,8 +151,9 @@ def test_a_framework_by_url(agent: Callable[[str], Awaitable[str]], last: str) -
     assert asyncio.run(episode()) == "5"
     decode = model.renderer.tokenizer.decode
     segments = model.segments.transcripts
-    # smolagents writes earlier calls in words of its own: its second request is a segment.
-    assert len(segments) == (2 if agent is smolagents else 1)
+    # smolagents writes earlier calls in words of its own, and autogen reflects without tools: the
+    # second request is a segment.
+    assert len(segments) == (2 if agent in (smolagents, autogen) else 1)
     drawn = []
     for transcript in segments:
         for turn in transcript.turns:

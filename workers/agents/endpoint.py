@@ -123,6 +123,9 @@ class Endpoint:
             if problem := problem_of(body.get("messages")):
                 raise ValueError(problem)
             options = options_of(body)
+        except web.RequestPayloadError as error:
+            self._refusal = f"the body can't be read ({' '.join(str(error).split())})"
+            return _refused(self._refusal)
         except (ValueError, LookupError, RecursionError) as error:
             self._refusal = str(error)
             # LookupError: a charset that nobody knows; RecursionError: nested too deep.
@@ -160,6 +163,9 @@ class Endpoint:
             except EnvironmentMistake as error:
                 self._mistake = error
                 return _refused(str(error))
+            except RecursionError:
+                self._refusal = "the request is nested too deeply; let its tools be flatter"
+                return _refused(self._refusal)
             except Exception as error:
                 self._refusal = f"{type(error).__name__}: {error}"
                 raise

@@ -71,8 +71,11 @@ class Options:
 
 def options_of(body: Mapping[str, Any]) -> Options:
     """The options of a request; a ValueError names the one that can't be had and the fix."""
-    if body.get("n") not in (None, 1):
-        raise ValueError(f"n={body['n']}: a request has one reply; send it {body['n']} times")
+    if body.get("n") not in (None, 1) or body.get("n") is True:
+        raise ValueError(
+            f"n={body['n']!r}: a request has one reply; leave n out, and send it as often as replies are "
+            "wanted"
+        )
     if body.get("response_format") not in PLAIN_FORMATS:
         raise ValueError(
             "response_format: replies are not held to a form; describe it in a message, and leave "
