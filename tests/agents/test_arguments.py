@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, IntEnum
-from typing import Any, ClassVar, Literal, NamedTuple, Optional, TypedDict
+from typing import Any, ClassVar, Literal, NamedTuple, NewType, NotRequired, Optional, TypedDict
 
 import numpy as np
 import pytest
@@ -61,6 +63,16 @@ class Row(TypedDict):
     name: str
 
 
+class Entry(TypedDict):
+    """Its annotations are text here, which typing's own list of keys does not read."""
+
+    name: str
+    size: NotRequired[int]
+
+
+Number = NewType("Number", int)
+
+
 class Order(BaseModel):
     item: str
     count: int = 1
@@ -88,6 +100,14 @@ class Order(BaseModel):
         (2, Share, Share.all),
         (True, Literal[1, True], True),
         (None, Literal["a", None], None),
+        ([1, 2], Sequence[int], [1, 2]),
+        ([{"x": 1}], Iterable[Point], [Point(x=1)]),
+        ([1], typing.List, [1]),  # noqa: UP006
+        ({"a": 1}, Mapping[str, int], {"a": 1}),
+        ([1, 1], set[int], {1}),
+        (["a"], frozenset, frozenset("a")),
+        ([7], list[Number], [7]),
+        ({"name": "a"}, Entry, {"name": "a"}),
         ({"x": 1}, Point, Point(x=1)),
         ([{"x": 1, "tags": ["a"]}], list[Point], [Point(x=1, tags=["a"])]),
         ({"any": "thing"}, Any, {"any": "thing"}),
@@ -112,6 +132,10 @@ def test_values_that_fit(value: Any, hint: Any, result: Any) -> None:
         ("g", Color, "which is no 'r' or 'b'"),
         (True, Literal[1], "f: p is true, which is no 1"),
         (1, Literal[True], "f: p is 1, which is no True"),
+        ("abc", Sequence[str], r'f: p is "abc", which is no .*Sequence\[str\]'),
+        ({"a": 1}, set[str], "which is no set"),
+        (["7"], list[Number], r'f: p\[0\] is "7", which is no int'),
+        ({"size": 1}, Entry, "f: p has the fields size; a Entry has name, size"),
         (1.0, Literal[1], r"f: p is 1\.0, which is no 1"),
         (True, Level, "f: p is true, which is no 1 or 2"),
         ([], int | str, r"f: p is \[\], which is no int or str"),
@@ -217,7 +241,7 @@ def test_results_as_text(result: Any, text: str) -> None:
     assert text_of(result, "look") == text
 
 
-@pytest.mark.parametrize("result", [Opaque(), [Opaque()], {(1, 2): 3}, (i for i in ())])
+@pytest.mark.parametrize("result", [Opaque(), [Opaque()], {(1, 2): 3}, (i for i in ()), b"a"])
 def test_results_that_nobody_can_read(result: Any) -> None:
     """They are the tool's mistake, never told to the policy as its own."""
     with pytest.raises(EnvironmentMistake, match=r"the tool look returned .*return text, numbers"):
@@ -262,6 +286,34 @@ class Yields:
             where: A place.
         """
         yield where
+
+
+class Containers:
+    def look(self, at: Sequence[int], names: set[str], by: Mapping[str, int], one: Number) -> str:
+        """Looks.
+
+        Args:
+            at: Places.
+            names: Words.
+            by: Numbers.
+            one: A number.
+        """
+        return f"{at} {names} {by} {one}"
+
+
+def test_containers_are_described_as_json_has_them() -> None:
+    (look,) = schemas_of(Containers)
+    kinds = look["function"]["parameters"]["properties"]
+    for schema in kinds.values():
+        del schema["description"]
+    assert kinds == {
+        "at": {"type": "array", "items": {"type": "integer"}},
+        "names": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+        "by": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "one": {"type": "integer"},
+    }
+    given = {"at": [1, 2], "names": ["a"], "by": {"b": 1}, "one": 7}
+    assert asyncio.run(toolbox(Containers()).call("look", given)) == "[1, 2] {'a'} {'b': 1} 7"
 
 
 @pytest.mark.parametrize("kind", [Forward, Any_, Dates, Yields])

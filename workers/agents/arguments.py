@@ -1,6 +1,6 @@
 """fitted(): a value that the policy wrote as JSON, as the annotation of a tool's parameter wants it.
 
-It checks what JSON can say (numbers, text, lists, objects, None) and builds tuples, enums,
+It checks what JSON can say (numbers, text, lists, objects, None) and builds tuples, sets, enums,
 dataclasses and models of pydantic. No value is converted from another type: a policy that writes "2"
 for a number is told so. schema_of() is the annotation's JSON schema; it refuses what JSON has no
 form for.
@@ -11,14 +11,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, MutableSequence, Sequence
 from enum import Enum
 from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
     Literal,
+    NewType,
+    NotRequired,
     Protocol,
+    Required,
     Union,
     get_args,
     get_origin,
@@ -48,6 +51,16 @@ NAMES: Mapping[Any, str] = {
     NoneType: "null",
 }
 """Annotation -> JSON schema's name of its type."""
+FORMS: Mapping[Any, type] = {
+    Sequence: list,
+    MutableSequence: list,
+    Iterable: list,
+    Collection: list,
+    Mapping: dict,
+    MutableMapping: dict,
+}
+"""Annotation of a container -> the type of the value for it."""
+SETS = (set, frozenset)
 FURTHER = "For further information"
 """The beginning of a line of pydantic's that is for people."""
 
@@ -66,7 +79,7 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
 
     fitted({"x": 1}, Point, "p") == Point(x=1)
     """
-    origin, inner = get_origin(hint), get_args(hint)
+    hint, origin, inner = _form(hint)
     if hint in PLAIN:
         if _is_plain(value, hint):
             return value
@@ -82,6 +95,8 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
         return [fitted(part, inner[0], f"{where}[{place}]") for place, part in enumerate(value)]
     elif origin is dict and isinstance(value, dict):
         return {key: fitted(part, inner[1], f"{where}[{key!r}]") for key, part in value.items()}
+    elif origin in SETS and isinstance(value, list):
+        return origin(fitted(part, inner[0], f"{where}[{i}]") for i, part in enumerate(value))
     elif hint is tuple or origin is tuple:
         if isinstance(value, list) and (parts := _hints_of_parts(inner, len(value))) is not None:
             whole = zip(value, parts, strict=True)
@@ -95,11 +110,26 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
             return _object(value, hint, where)
     elif isinstance(hint, OfPydantic):
         return _of_pydantic(value, hint, where)
-    elif origin not in (list, dict):
+    elif origin not in (list, dict, *SETS):
         return value
     raise TypeError(
         f"{where} is {json.dumps(value, ensure_ascii=False)}, which is no {named(hint)}"
     )
+
+
+def _form(hint: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """The annotation as fitted knows it, its origin and arguments: list for Sequence, dict for
+    Mapping, what a NewType stands for."""
+    while isinstance(hint, NewType):
+        hint = hint.__supertype__
+    origin, inner = get_origin(hint), get_args(hint)
+    origin = FORMS.get(origin, origin)
+    if origin in (list, dict, *SETS) and not inner:  # typing.List and its like
+        hint, origin = origin, None
+    hint = FORMS.get(hint, hint)
+    if hint in SETS:
+        return hint, hint, (Any,)
+    return hint, origin, inner
 
 
 def _is_plain(value: Any, kind: Any) -> bool:
@@ -132,7 +162,7 @@ def named(hint: Any) -> str:
 def schema_of(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
     """The JSON schema of an annotation; a TypeError for one that no JSON value fits. `within`: the
     classes that it is a part of, which are any object where they come again, as in a tree."""
-    origin, inner = get_origin(hint), get_args(hint)
+    hint, origin, inner = _form(hint)
     if hint is Any or hint is object:
         return {}
     if hint in NAMES:
@@ -147,6 +177,8 @@ def schema_of(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
         return _choice(list(inner))
     if origin is list:
         return {"type": "array", "items": schema_of(inner[0], within)}
+    if origin in SETS:
+        return {"type": "array", "items": schema_of(inner[0], within), "uniqueItems": True}
     if origin is dict:
         if inner[0] is not str:
             raise TypeError("an object's keys are text; take dict[str, ...]")
@@ -176,8 +208,10 @@ def schema_of(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
 
 
 def has_classes(hint: Any) -> bool:
-    """Whether the annotation holds a class of somebody's own."""
-    return has_fields(hint) or _is_own(hint) or any(map(has_classes, get_args(hint)))
+    """Whether the annotation holds a class of somebody's own, or another that transformers takes for
+    an object."""
+    of_itself = has_fields(hint) or _is_own(hint) or isinstance(hint, NewType)
+    return of_itself or hint in (*SETS, object) or any(map(has_classes, get_args(hint)))
 
 
 def has_fields(hint: Any) -> bool:
@@ -203,7 +237,7 @@ def required_fields(kind: Any) -> list[str]:
         by_name = {field.name: field for field in dataclasses.fields(kind)}
         return [name for name in names if _is_required(by_name[name])]
     if is_typeddict(kind):
-        return [name for name in names if name in kind.__required_keys__]
+        return [name for name in names if _is_required_key(kind, name)]
     return [name for name in names if name not in kind._field_defaults]
 
 
@@ -263,6 +297,14 @@ def _object(value: dict[str, Any], kind: Any, where: str) -> Any:
         )
     parts = {name: fitted(part, hints[name], f"{where}.{name}") for name, part in value.items()}
     return kind(**parts)
+
+
+def _is_required_key(kind: Any, name: str) -> bool:
+    """Whether a TypedDict needs the key; its own list does not read annotations that are text."""
+    origin = get_origin(get_type_hints(kind, include_extras=True)[name])
+    if origin in (Required, NotRequired):
+        return origin is Required
+    return name in kind.__required_keys__
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

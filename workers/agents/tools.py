@@ -252,6 +252,8 @@ def _as_json(value: Any) -> Any:
         return sorted(value, key=repr)
     if isinstance(value, Mapping):
         return dict(value)
+    if isinstance(value, bytes | bytearray):
+        raise TypeError("bytes are no text; decode them")
     text = str(value)
     if ADDRESS.search(text):
         raise TypeError(f"a {type(value).__name__} has no text of its own")
