@@ -132,6 +132,32 @@ def test_a_failure_is_no_reward(phase: str) -> None:
     assert len(mended.segments.transcripts[0].turns) == 1, "the second attempt began afresh"
 
 
+@pytest.mark.parametrize(("late", "kind"), [(False, "ConnectionError"), (True, "timeout")])
+def test_the_first_of_two_errors_is_the_reason(late: bool, kind: str) -> None:
+    """What was broken can often not be closed either."""
+
+    class Broken:
+        closed = 0
+
+        def reset(self, task: dict[str, Any]) -> str:
+            return "Go"
+
+        async def step(self, action: str) -> tuple[str, bool, float]:
+            if late:
+                await asyncio.sleep(60)
+            raise ConnectionError("the first")
+
+        def close(self) -> None:
+            type(self).closed += 1
+            raise OSError("the second")
+
+    async def episode(model: Model, task: dict[str, Any]) -> Any:
+        return await play(Broken(), model, task)
+
+    (failed,), _ = run(episode, 1, EpisodeConfig(retries=0, step_timeout_s=0.3))
+    assert [failure.kind for failure in failed.failures] == [kind] and Broken.closed == 1
+
+
 def test_one_that_hangs_does_not_hold_the_others() -> None:
     """A blocking step, and one that waits for ever, are given up after step_timeout_s."""
 

@@ -19,6 +19,8 @@ Methods may be async; the others of one environment run in one thread.
 from __future__ import annotations
 
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -62,7 +64,7 @@ async def play(
     made the environment, whose methods then run in the same thread."""
     call = call or Caller()
     rewards: list[float] = []
-    try:
+    async with closing(environment, call):
         observation = messages_of(without_info(await call(environment.reset, task)), task)
         done = False
         while not done:
@@ -75,10 +77,22 @@ async def play(
             rewards.append(number_of(reward))
             if not done:
                 observation = messages_of(following, {})
-    finally:
-        if isinstance(environment, Closes):
-            await call(environment.close)
     return Outcome(reward=sum(rewards), turn_rewards=rewards)
+
+
+@asynccontextmanager
+async def closing(owner: Any, call: Caller) -> AsyncIterator[None]:
+    """Closes an object that has a method close, whatever happens inside. Of two errors the first
+    says why the episode failed."""
+    try:
+        yield
+    except BaseException:
+        if isinstance(owner, Closes):
+            with suppress(Exception):
+                await call(owner.close)
+        raise
+    if isinstance(owner, Closes):
+        await call(owner.close)
 
 
 def without_info(returned: Any) -> Any:

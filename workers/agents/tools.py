@@ -38,7 +38,7 @@ from transformers.utils.chat_template_utils import (
 )
 
 from workers.agents.arguments import fitted, has_classes, schema_of
-from workers.agents.environment import Closes, messages_of
+from workers.agents.environment import closing, messages_of
 from workers.agents.model import Model
 from workers.agents.outcome import EnvironmentMistake, LimitReached, Outcome, shortened
 from workers.agents.renderer import Message
@@ -187,13 +187,10 @@ def toolbox(instance: Any, calls: Caller | None = None) -> Toolbox:
 async def use(tools: Toolbox, model: Model, task: dict[str, Any]) -> Outcome:
     """The episode: the policy's calls are answered until a reply has none, or a limit comes."""
     owner, call = tools.owner, tools.calls
-    try:
+    async with closing(owner, call):
         opening = await call(owner.reset, task) if isinstance(owner, Resets) else None
         answer = await converse(tools, model, messages_of(opening, task))
         earned = await call(owner.reward, answer) if isinstance(owner, Rewards) else 0.0
-    finally:
-        if isinstance(owner, Closes):
-            await call(owner.close)
     if isinstance(earned, Outcome):
         return earned
     return Outcome(reward=earned)
