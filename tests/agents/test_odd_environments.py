@@ -71,6 +71,8 @@ def test_numbers_of_numpy_and_torch(returned: Any, reward: float) -> None:
             "a reward of None; return one finite number, 0 where nothing was earned",
         ),
         (("", True, "good"), "a reward of 'good'; return one finite"),
+        (("", True, float("nan")), "step returned a reward of nan; return one finite"),
+        (("", True, torch.tensor(float("inf"))), r"a reward of tensor\(inf\); return one finite"),
         (None, "step returned None; return"),
         (("", True, 10**400), "a reward of 10000+; return one finite number"),
         (("", True, 10**5000), "a reward of an integer of thousands of digits; return one finite"),

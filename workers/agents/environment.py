@@ -139,13 +139,14 @@ def flag_of(value: Any, name: str) -> bool:
 
 def number_of(reward: Any) -> float:
     """A step's reward: a number, or an array or tensor of one."""
-    try:
-        return float(reward)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise EnvironmentMistake(
-            f"the environment's step returned a reward of {shortened(reward)}; return one finite "
-            "number, 0 where nothing was earned"
-        ) from None
+    with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+        number = float(reward)
+        if math.isfinite(number):
+            return number
+    raise EnvironmentMistake(
+        f"the environment's step returned a reward of {shortened(reward)}; return one finite "
+        "number, 0 where nothing was earned"
+    )
 
 
 def messages_of(observation: Any, task: dict[str, Any]) -> list[Message]:
