@@ -30,6 +30,7 @@ from workers.config import ModelConfig
 from workers.engines.model import fit
 from workers.engines.model.loading import check_weights
 from workers.generation import generation_engine_class
+from workers.hub import local_directory
 from workers.split_actor import SplitTrainingWorker
 from workers.weight_files import check_weight_files
 
@@ -149,9 +150,10 @@ def check_models(placement: Placement) -> None:
     are read."""
     for role in placement.roles:
         if role.config.model is not None:
-            path, adapter = role.config.model.path, role.config.train.lora.adapter
-            is_policy = path == placement.config.model.path
-            check_weight_files(path, "model.path" if is_policy else f"{role.name}.model.path")
+            model, adapter = role.config.model, role.config.train.lora.adapter
+            is_policy = model.path == placement.config.model.path
+            setting = "model.path" if is_policy else f"{role.name}.model.path"
+            check_weight_files(model.path, setting, local_directory(model.path, model.revision))
             if adapter:
                 check_weight_files(adapter, f"{role.name}.train.lora.adapter")
         if role.name != GENERATION:  # the model is the actor's, and checked with it

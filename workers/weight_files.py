@@ -1,7 +1,7 @@
 """check_weight_files(): whether a model's weights are all there, by their sizes and headers; no weights
 are read.
 
-Leaves out names of the hub, and directories without any weights: a plan needs a config.json only.
+Leaves out directories without any weights: a plan needs a config.json only.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ the numbers (https://github.com/huggingface/safetensors)."""
 FIX = "copy or download the file again"
 
 
-def check_weight_files(path: str, setting: str) -> None:
-    """A ValueError with the setting's name, the file and what is wrong with it."""
-    directory = Path(path)
+def check_weight_files(path: str, setting: str, directory: Path | None = None) -> None:
+    """A ValueError with the setting's name, the file and what is wrong with it. `directory`: where the
+    files of the hub's name `path` are (hub.local_directory)."""
+    directory = directory or Path(path)
     if not directory.is_dir():
         return
     for file in _weight_files(directory):
@@ -45,6 +46,12 @@ def model_files(directory: Path) -> Iterator[Path]:
                 for name in dict.fromkeys(weights.values()):
                     yield directory / name
             return
+
+
+def has_all_weights(directory: Path) -> bool:
+    """Whether there is a file of weights, and every file that an index names."""
+    files = list(model_files(directory))
+    return bool(files) and all(map(Path.is_file, files))
 
 
 def _weight_files(directory: Path) -> Iterator[Path]:

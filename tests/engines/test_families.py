@@ -16,7 +16,7 @@ from workers.engines.base import Head
 from workers.engines.model.loading import check_packing, load_pretrained
 
 
-@pytest.mark.parametrize("name", ["Granite", "Cohere 2", "Apertus", "Ernie 4.5"])
+@pytest.mark.parametrize("name", ["Granite", "Cohere 2", "Apertus", "Ernie 4.5", "Llama 4, text"])
 def test_a_critic_is_the_decoder_with_a_new_head(name: str, tmp_path: Path) -> None:
     family = next(entry for entry in FAMILIES if entry.name == name)
     path = make_model(family, tmp_path / "model")

@@ -44,6 +44,7 @@ from workers.generation.sampling import (
     load_model_config,
     stop_token_ids,
 )
+from workers.hub import local_directory
 from workers.images import family_of
 from workers.images.families import published_config
 from workers.precision import with_native_precision
@@ -111,7 +112,7 @@ class HfEngine(GenerationEngine):
             self._tokenizer = load_tokenizer(model)
         published = published_config(model)
         self._images = ImageInputs(model) if family_of(published) is not None else None
-        check_weight_files(model.path, "model.path")
+        check_weight_files(model.path, "model.path", local_directory(model.path, model.revision))
         with quiet():
             loaded = language_model_class(published).from_pretrained(
                 model.path,

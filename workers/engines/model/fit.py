@@ -4,8 +4,8 @@ transformers' own rules (prefixes, renamed and stacked parameters, tied ones).
     check_files(config, head, build_on_meta(config, head))     # from the files' headers; nothing is loaded
     has_new_head = judge(config, head, model, found)           # after loading
 
-Leaves out names of the hub, whose files are judged once they are loaded, and directories without
-weights: a plan needs a config.json only.
+Leaves out names of the hub that are not in its cache, whose files are judged once they are loaded, and
+directories without weights: a plan needs a config.json only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from workers.config import ModelConfig
 from workers.engines.base import Head
+from workers.hub import local_directory
 from workers.quiet import quiet
 from workers.weight_files import BIN, SAFETENSORS, model_files
 
@@ -66,12 +67,13 @@ class Found:
 def check_files(config: ModelConfig, head: Head, model: PreTrainedModel) -> None:
     """A ValueError where the files of a directory do not fit `model`, which is on meta and of no use
     afterwards."""
-    stored = stored_shapes(Path(config.path), f"model.path is {config.path!r}")
+    directory = model_directory(config)
+    stored = stored_shapes(directory, f"model.path is {config.path!r}")
     if stored is None:
         return
     judge(config, head, model, _found(model, stored))
     if head is Head.lm:
-        _check_tied(config, model, Path(config.path), stored)
+        _check_tied(config, model, directory, stored)
 
 
 def judge(config: ModelConfig, head: Head, model: PreTrainedModel, found: Found) -> bool:
@@ -156,18 +158,27 @@ def _entries_of(file: Path, setting: str) -> dict[str, Tensor]:
     return entries
 
 
+def model_directory(config: ModelConfig) -> Path:
+    return local_directory(config.path, config.revision)
+
+
 def has_files(directory: Path) -> bool:
     return any(True for _ in _files(directory))
 
 
 def without_weights(config: ModelConfig) -> str:
-    """That a directory has no weights, in one line with what it has in their place; empty where it
-    has some, and for names of the hub."""
-    directory = Path(config.path)
+    """That a directory, or what the hub's cache has of a name while the hub can't be asked, has no
+    weights, in one line with what it has in their place; empty where it has some."""
+    directory = model_directory(config)
     if not directory.is_dir() or has_files(directory):
         return ""
     others = sorted(file.name for file in directory.iterdir() if file.suffix in OTHER_FILES)
     found = f" (but {', '.join(others[:3])})" if others else ""
+    if directory != Path(config.path):
+        return (
+            f"model.path is {config.path!r}: the hub can't be asked for its weights, and the cache "
+            f"({directory}) has none{found}; download it there, or give a directory"
+        )
     return (
         f"model.path is {config.path!r}: no weights in it, neither {SAFETENSORS[0]} nor {BIN[0]} nor an "
         f"index of several files{found}; give the directory of a model that save_pretrained wrote"

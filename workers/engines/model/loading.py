@@ -54,6 +54,7 @@ from workers.engines.model.fit import (
     check_tied,
     has_files,
     judge,
+    model_directory,
     no_score_head,
 )
 from workers.engines.model.peft_files import is_adapter
@@ -234,7 +235,7 @@ def load_pretrained(config: ModelConfig, head: Head, seed: int = 0) -> PreTraine
     architecture or weights that do not fit."""
     hf_config = model_config(config, head)
     check_whole_numbers(config, hf_config)
-    check_weight_files(config.path, "model.path")
+    check_weight_files(config.path, "model.path", model_directory(config))
     try:
         # What is missing, unused or of another shape is judged in fit.py.
         with activity(f"loading the weights of {config.path}"), quiet():
@@ -297,7 +298,7 @@ def check_whole_numbers(config: ModelConfig, published: PretrainedConfig) -> Non
 def check_weights(config: ModelConfig, head: Head) -> None:
     """ValueError for files whose weights are not those of the model; none are loaded. Quantized ones
     are for engines that read them."""
-    if not has_files(Path(config.path)):
+    if not has_files(model_directory(config)):
         return
     if not model_config(config, head).to_dict().get("quantization_config"):
         check_files(config, head, build_on_meta(config, head))
@@ -366,7 +367,7 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
         head is Head.score
         and not config.new_head
         and any(name.endswith(LANGUAGE_MODELS) for name in hf_config.architectures or ())
-        and not has_files(Path(config.path))  # whose entries say more
+        and not has_files(model_directory(config))  # whose entries say more
     ):
         raise ValueError(no_score_head(config))
     return hf_config
@@ -422,7 +423,7 @@ def add_classifier(config: PretrainedConfig) -> None:
     name = language_model.__name__.replace(ending, "ForSequenceClassification")
     attributes = {
         "__module__": __name__,
-        "base_model_prefix": language_model.base_model_prefix,
+        "base_model_prefix": _decoder_name(language_model, config),
         "config_class": kind,
     }
     classifier = type(name, (GenericForSequenceClassification, base), attributes)
@@ -430,6 +431,16 @@ def add_classifier(config: PretrainedConfig) -> None:
     names = get_checkpoint_conversion_mapping(language_model.__name__)
     if names is not None:
         register_checkpoint_conversion_mapping(name, names, overwrite=True)
+
+
+def _decoder_name(language_model: type[PreTrainedModel], config: PretrainedConfig) -> str:
+    """The attribute that is the decoder, which its class names wrongly in some families (Llama 4)."""
+    named = language_model.base_model_prefix
+    with torch.device("meta"):
+        model = language_model(config)
+    if hasattr(model, named):
+        return named
+    return next(name for name, part in model.named_children() if isinstance(part, PreTrainedModel))
 
 
 def _auto_class(head: Head, config: PretrainedConfig) -> Any:
