@@ -140,8 +140,10 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
     for call in inputs.dataflow.calls:
         if call.role == "actor" and "log_probs" in call.writes:
             recomputes = True
+    engine = generation_engine_class(actor.generation.engine)
     space = replace(
         engine_space(actor.train.precision),
+        cache_of_rows=not engine.releases,
         replicas=actor.train.fsdp_replicas,
         compiled=actor.train.compile,
         remade=inputs.config.device is Device.cpu,
@@ -156,12 +158,13 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
         generation_tensor_sizes=_generation_tensor_sizes(actor),
     )
     if inputs.config.device is Device.cpu:
-        repacks = generation_engine_class(actor.generation.engine).releases
         space = replace(
             space,
             reduction_copies=True,
             logits_at_once=float(CHUNK_ELEMENTS),
-            repacked_generation=repacks,
+            logits_in_parts=True,
+            generation_library=engine.library != "torch",
+            repacked_generation=engine.releases,
         )
     return limited_space(actor.train.engine, space)
 
@@ -272,6 +275,9 @@ def _configured_role(
             rows = _rows_in_cache(
                 settings.generation, setting.model(role), setting.workload.longest_row
             )
+        if setting.space.cache_of_rows:
+            replicas = num_devices // (settings.generation.tp * settings.generation.pp)
+            rows = -(-setting.workload.rows_in_flight // replicas)
         plan = replace(plan, generation=generation_layout(settings.generation, num_devices, rows))
     if role != GENERATION:
         assert settings.model is not None

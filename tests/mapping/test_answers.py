@@ -480,7 +480,9 @@ def test_a_cpu_process_is_its_calls_bytes_and_its_own(paper_setting):
     assert predict(setting, pools, roles).process_bytes == {}
     cpus = replace(setting, calibration=CPU)
     mapping = predict(cpus, pools, roles)
-    expected = CPU.process_bytes + (1 + CPU.allocator_overhead) * mapping.peak_bytes("all")
-    assert mapping.process_bytes == {"all": pytest.approx(expected)}
+    without = CPU.process_bytes + (1 + CPU.allocator_overhead) * mapping.peak_bytes("all")
+    assert mapping.process_bytes == {"all": pytest.approx(without + CPU.library_bytes)}
+    own = replace(cpus, space=replace(cpus.space, generation_library=False))
+    assert predict(own, pools, roles).process_bytes == {"all": pytest.approx(without)}
     assert "a process of pool all: " in mapping_report(mapping)
     assert DeviceMapping.from_json(json.loads(json.dumps(mapping.to_json()))) == mapping

@@ -85,7 +85,10 @@ def _process_bytes(setting: Setting, mapping: DeviceMapping) -> dict[str, float]
     sizes = {}
     for pool in mapping.pools:
         in_use = (1.0 + constants.allocator_overhead) * mapping.peak_bytes(pool.name)
-        sizes[pool.name] = constants.process_bytes + in_use
+        library = 0.0
+        if setting.space.generation_library and any(map(setting.generates, pool.roles)):
+            library = constants.library_bytes
+        sizes[pool.name] = constants.process_bytes + library + in_use
     return sizes
 
 
@@ -148,7 +151,8 @@ def _engine(setting: Setting, plan: RolePlan) -> Footprint:
     if plan.layout is None or plan.generation is None or not plan.generation.kept:
         return Footprint()
     need = call_footprint(setting, plan.role, CallKind.generation, plan.layout, plan.generation)
-    return Footprint(generation_weights=need.generation_weights, kv_cache=need.kv_cache)
+    kept = Footprint(generation_weights=need.generation_weights)
+    return kept if setting.space.cache_of_rows else replace(kept, kv_cache=need.kv_cache)
 
 
 def _pool_resident(setting: Setting, pool: Pool, plans: dict[str, RolePlan]) -> Footprint:

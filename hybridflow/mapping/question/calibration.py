@@ -94,6 +94,9 @@ class Calibration:
     vLLM's default limit is the same)."""
     process_bytes: float = 0.0
     """A process before it has a model, where its memory is the device's (CPUs)."""
+    library_bytes: float = 0.0
+    """The same for what a generation engine's library adds to it (vLLM: its modules, and what it
+    makes beside weights and cache)."""
     allocator_overhead: float = 0.0
     """Freed memory between pieces in use that the allocator can't give out again, as a share of
     what is in use."""
@@ -156,7 +159,8 @@ CPU = Calibration(
     transfer_overhead_s=0.0,
     controller_s=0.043,
     function_s=0.012,
-    process_bytes=5.3e8,
+    process_bytes=3.4e8,
+    library_bytes=1.9e8,
     allocator_overhead=0.2,
 )
 """Constants for CPU processes with one thread each and bf16, measured by recipes.calibrate on

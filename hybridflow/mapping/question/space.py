@@ -87,6 +87,15 @@ class SearchSpace:
     """Reducing gradients copies them (gloo)."""
     logits_at_once: float = 2.0**27
     """Most numbers of logits that a training engine holds at a time."""
+    logits_in_parts: bool = False
+    """A training engine's softmax looks at a few rows of logits at a time (CPUs), so that beside the
+    logits there is their gradient and nothing else of that size."""
+    cache_of_rows: bool = False
+    """The generation engine's keys and values come and go with its rows (hf), in place of a cache of
+    fixed size that stays between calls."""
+    generation_library: bool = True
+    """The generation engine is a library of its own (vLLM), which every process that generates
+    imports."""
     repacked_generation: bool = False
     """The generation engine computes with a repacked copy of its weights (vLLM on a CPU): a sync
     needs the weights twice unless the engine was asleep, and a tied head is a copy."""

@@ -112,7 +112,7 @@ class Stored:
     """Input, normalised input and result of the norm before the head."""
     logits: float
     """Logits of a chunk of tokens, in compute precision and float32, with a float32 gradient in
-    training."""
+    training; where softmax takes them in parts, in compute precision, with a gradient like them."""
 
     @classmethod
     def of(
@@ -132,12 +132,15 @@ class Stored:
         layers = of_a_layer * model.longest_stage(layout.p)
         scored = workload.response.mean / workload.tokens_per_row
         numbers = min(tokens * scored * head_width(model) / layout.t, space.logits_at_once)
+        beside = 8.0 if backward else 4.0
+        if space.logits_in_parts:
+            beside = space.activation_bytes if backward else 0.0
         return cls(
             layer=stored_per_token(model, layout, space) * tokens / layout.t,
             of_a_layer=of_a_layer,
             layers=0.0 if layout.offload_activations else layers,
             norm=model.norm_bytes_per_token(space.activation_bytes) * tokens / layout.t,
-            logits=numbers * (space.activation_bytes + (8 if backward else 4)),
+            logits=numbers * (space.activation_bytes + beside),
         )
 
     def with_layer(self, layers: float, layout: ModelLayout) -> float:

@@ -102,6 +102,7 @@ class _HeadLogProbs(torch.autograd.Function):
                 else:
                     weights = shifted.exp_()
                 sums[0, part] = weights.sum(-1)
+            del logits  # not beside the next chunk's
         if group is not None:
             highest = _sum_over_ranks(sums, highest, mine, group)
         log_sum = sums[0].log()
@@ -160,6 +161,7 @@ class _HeadLogProbs(torch.autograd.Function):
                 _add_product(grad_weight, slopes, hidden[chunk], first=chunk.start == 0)
             if grad_bias is not None:
                 grad_bias += slopes.sum(0, dtype=torch.float32)
+            del raw, logits, slopes  # not beside the next chunk's
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),

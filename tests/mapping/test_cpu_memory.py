@@ -1,0 +1,79 @@
+"""The mapper's bytes on a CPU beside those that PyTorch allocates and the system counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hybridflow.mapping.question.layouts import ModelLayout
+from hybridflow.mapping.question.model import ModelSpec
+from hybridflow.mapping.question.space import SearchSpace
+from hybridflow.mapping.question.workload import Lengths, Workload
+from hybridflow.mapping.simulate.moments import Stored
+from workers.engines.model import log_probs
+
+VOCAB, HIDDEN, TOKENS, CHUNK = 2048, 16, 512, 128
+MODEL = ModelSpec(
+    name="wide",
+    num_layers=1,
+    hidden_size=HIDDEN,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=16,
+    intermediate_size=16,
+    vocab_size=VOCAB,
+)
+
+
+class Live(TorchDispatchMode):
+    """with Live() as live: ...; live.peak_bytes: the most that the tensors made inside had at the same
+    time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = {tensor.untyped_storage()._cdata for tensor in args if isinstance(tensor, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                storage = tensor.untyped_storage()
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._made = {key: kept for key, kept in self._made.items() if not kept[0].expired()}
+        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._made.values()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backward", [False, True])
+def test_logits_of_a_chunk(
+    dtype: torch.dtype, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the logits of a chunk there is their gradient, and nothing else of that size: softmax
+    looks at parts that stay in a cache."""
+    monkeypatch.setattr(log_probs, "CHUNK_ELEMENTS", CHUNK * VOCAB)
+    monkeypatch.setattr(log_probs, "CACHE_ELEMENTS", VOCAB)
+    hidden = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=backward)
+    weight = torch.randn(VOCAB, HIDDEN, dtype=dtype)
+    targets = torch.zeros(TOKENS, dtype=torch.int64)
+    with Live() as live:
+        values, entropies = log_probs.head_log_probs(hidden, weight, None, targets, entropy=True)
+        assert entropies is not None
+        if backward:
+            (values.sum() + entropies.sum()).backward()  # type: ignore[no-untyped-call]
+    space = SearchSpace(
+        activation_bytes=dtype.itemsize, logits_at_once=CHUNK * VOCAB, logits_in_parts=True
+    )
+    workload = Workload(batch_size=1, prompt=Lengths.fixed(0), response=Lengths.fixed(TOKENS))
+    layout = ModelLayout(micro_batch_tokens=TOKENS)
+    predicted = Stored.of(MODEL, layout, space, workload, backward=backward).logits
+    assert live.peak_bytes == pytest.approx(predicted, rel=0.08)
