@@ -8,7 +8,10 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any, BinaryIO, cast
+from uuid import UUID
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -246,9 +249,10 @@ class RowWriter:
 
 
 def encode_columns(row: SourceRow, columns: dict[str, Any]) -> bytes:
-    """The row's plain values as JSON."""
+    """The row's plain values as JSON; dates, times and decimals of parquet files as their text, which
+    other kinds of file hold in their place."""
     try:
-        return json.dumps(columns).encode()
+        return json.dumps(columns, default=_as_text).encode()
     except (TypeError, ValueError) as error:
         wrong = ", ".join(
             f"{name!r} ({type(value).__name__})"
@@ -261,9 +265,18 @@ def encode_columns(row: SourceRow, columns: dict[str, Any]) -> bytes:
         ) from error
 
 
+def _as_text(value: object) -> str:
+    match value:
+        case date() | time():  # of which datetime is one
+            return value.isoformat()
+        case Decimal() | timedelta() | UUID():
+            return str(value)
+    raise TypeError(type(value).__name__)
+
+
 def _is_plain(value: Any) -> bool:
     try:
-        json.dumps(value)
+        json.dumps(value, default=_as_text)
     except (TypeError, ValueError):
         return False
     return True

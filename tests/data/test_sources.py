@@ -10,6 +10,8 @@ import json
 import logging
 import lzma
 from collections.abc import Callable
+from datetime import date, datetime, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,30 @@ def test_b04_nan_in_parquet(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"row 1 \(from 0\): the answer's column .* is null"):
         load(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Decimal("1.50"), "1.50"),
+        (date(2026, 11, 27), "2026-11-27"),
+        (datetime(2026, 11, 27, 3, 4, 5), "2026-11-27T03:04:05"),
+        (time(3, 4), "03:04:00"),
+        ({"on": [date(2026, 11, 27)]}, {"on": ["2026-11-27"]}),
+    ],
+    ids=str,
+)
+def test_dates_and_decimals_of_parquet_are_their_text(
+    value: Any, text: object, tmp_path: Path
+) -> None:
+    """As an answer and as a column that may not be read, the same as a .jsonl with the text."""
+    pq.write_table(
+        pa.table({"prompt": ["a"], "answer": [value], "other": [value]}), tmp_path / "a.parquet"
+    )
+    (tmp_path / "a.jsonl").write_bytes(lines([{"prompt": "a", "answer": text, "other": text}]))
+    for name in ("a.parquet", "a.jsonl"):
+        (row,) = load(tmp_path / name).all().objects("extras")
+        assert (row["answer"], row["other"]) == (text, text)
 
 
 def test_b03_b07_demonstrations(tmp_path: Path) -> None:
