@@ -119,9 +119,9 @@ def load_object(path: str, field: str) -> Any:
         raise ValueError(f"{field}={path!r} names a file; {fix}")
     try:
         module = import_module(module_name)
-    except Exception as error:
-        # The module is somebody else's: whatever it raises (a missing library, a syntax error), the
-        # run does not start.
+    except (Exception, SystemExit) as error:
+        # The module is somebody else's: whatever it raises (a missing library, a syntax error, the
+        # exit of a script), the run does not start.
         raise ValueError(
             f"{field}={path!r}: module {module_name!r} can't be imported ({type(error).__name__}: "
             f"{error}); it must be importable on every node"

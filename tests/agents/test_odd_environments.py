@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -476,3 +477,12 @@ def test_arguments_of_a_class() -> None:
     for wrong in (functools.partial(Hard, mots=1), functools.partial(Hard, 1, 2, 3)):
         with pytest.raises(ValueError, match=r"gives other arguments .*; correct the partial"):
             as_episode(wrong)
+
+
+def test_a_module_that_exits_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script without a guard would end the run without a word."""
+    (tmp_path / "script_that_exits.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = r"^environment='script_that_exits:A': module .* can't be imported \(SystemExit: 3\)"
+    with pytest.raises(ValueError, match=told):
+        as_episode("script_that_exits:A")
