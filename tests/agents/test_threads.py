@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import sqlite3
+import sys
 import threading
 import time
 from typing import Any
 
+import pytest
+
 from tests.agents.chat import conversation, saying
+from tests.agents.test_executor import run
+from workers.agents.config import EpisodeConfig
 from workers.agents.interfaces import as_episode
 from workers.agents.threads import Caller
 from workers.agents.tools import toolbox
@@ -117,3 +123,25 @@ def test_a_parameter_may_have_any_name() -> None:
             return f"a plot of {function}"
 
     assert asyncio.run(toolbox(Plots()).call("plot", {"function": "x"})) == "a plot of x"
+
+
+@pytest.mark.parametrize(("way", "status"), [("exits", 3), ("raises", 1), ("returns", 0)])
+def test_a_forked_process_ends_where_its_code_does(way: str, status: int) -> None:
+    """It has none of the episodes, and would wait for a loop that it does not have."""
+
+    class Forks:
+        def reset(self, task: dict[str, Any]) -> str:
+            return "Go"
+
+        def step(self, action: str) -> tuple[str, bool, float]:
+            child = os.fork()
+            if child:
+                return "", True, float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            if way == "exits":
+                sys.exit(3)
+            if way == "raises":
+                raise ConnectionError("gone")
+            return "", True, 7.0
+
+    finished, _ = run(as_episode(Forks).episode, 2, EpisodeConfig(step_timeout_s=20, retries=0))
+    assert [episode.outcome and episode.outcome.reward for episode in finished] == [status] * 2

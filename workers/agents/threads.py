@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -71,7 +72,7 @@ class Caller:
             return await function(*args, **kwargs)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        is_own = not self._is_busy
+        is_own, process = not self._is_busy, os.getpid()
 
         def run() -> None:
             result, error = None, None
@@ -79,6 +80,8 @@ class Caller:
                 result = function(*args, **kwargs)
             except BaseException as raised:  # the user's code, whose errors belong to the episode
                 error = raised
+            if os.getpid() != process:  # one that the function forked, and that did not end itself
+                os._exit(_status(error))
             if is_own:
                 self._is_busy = False
             try:
@@ -111,6 +114,13 @@ def _run_all(work: SimpleQueue[Callable[[], None] | None]) -> None:
     while (run := work.get()) is not None:
         run()
         del run  # it holds the Caller, whose end is this thread's
+
+
+def _status(error: BaseException | None) -> int:
+    """The exit status of a process whose code ends so."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+        return error.code or 0
+    return 0 if error is None else 1
 
 
 def _deliver(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
