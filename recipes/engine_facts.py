@@ -43,6 +43,12 @@ def limited_space(name: str, space: SearchSpace) -> SearchSpace:
     return limited
 
 
+def budget_of(config: TrainConfig, num_tokens: int) -> int:
+    """Tokens of the engine's micro-batches where a data coordinate has rows of `num_tokens`."""
+    budget = engine_class(config.engine).budget_tokens
+    return int(ask_engine(config.engine, "budget_tokens", budget, config, num_tokens))
+
+
 def zero_stage_of(config: TrainConfig) -> int:
     """The ZeRO stage that the mapper counts with."""
     stage = ask_engine(config.engine, "zero_stage", engine_class(config.engine).zero_stage, config)

@@ -26,7 +26,7 @@ from hybridflow.mapping.search.setting import GENERATION, Setting
 from hybridflow.mapping.simulate.footprint import kv_bytes_per_token
 from recipes.checks import RoleConfig
 from recipes.config import Device, PlacementMode, PoolConfig, RunConfig
-from recipes.engine_facts import limited_space, zero_stage_of
+from recipes.engine_facts import budget_of, limited_space, zero_stage_of
 from recipes.mapping_adapters import with_adapter
 from recipes.mapping_cluster import cluster_of, node_resources
 from recipes.mapping_question import Question, precision_space, to_setting
@@ -284,6 +284,10 @@ def _configured_role(
         found = model_config(settings.model, role_kind(role).head)
         tokens = chosen_tokens(settings.train, found, inputs.config.device.value)
         train = replace(settings.train, micro_batch_tokens=tokens)
+        replicas, work = num_devices // (train.pp * train.cp * train.tp), setting.workload
+        rows = -(-work.num_rows // (work.num_mini_batches * replicas))
+        budget = budget_of(train, int(rows * work.tokens_per_row))
+        train = replace(train, micro_batch_tokens=budget)
         layout = train_layout(train, num_devices, trained=setting.trained(role))
         plan = replace(plan, layout=layout)
     return plan

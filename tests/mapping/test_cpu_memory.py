@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from controllers.data import PromptDataset
 from hybridflow.mapping.question.layouts import ModelLayout
 from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.mapping.question.workload import Lengths, Workload
 from hybridflow.mapping.simulate.moments import Stored
+from recipes.preparation import foresee, prepare
+from recipes.python_settings import make_settings
+from tests.tiny import by_length, make_model, tiny_grpo
 from workers.engines.model import log_probs
 
 VOCAB, HIDDEN, TOKENS, CHUNK = 2048, 16, 512, 128
@@ -77,3 +82,34 @@ def test_logits_of_a_chunk(
     layout = ModelLayout(micro_batch_tokens=TOKENS)
     predicted = Stored.of(MODEL, layout, space, workload, backward=backward).logits
     assert live.peak_bytes == pytest.approx(predicted, rel=0.08)
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_a_pipelines_micro_batches(batch_size: int, tmp_path: Path) -> None:
+    """Two stages get eight micro-batches of an update, of at least 512 tokens: that, and not
+    micro_batch_tokens, is what two of them store."""
+    settings = tiny_grpo(tmp_path) | {
+        "runtime": "ray",
+        "num_devices": 2,
+        "model.path": make_model(tmp_path / "deep", layers=2),
+        "data.batch_size": batch_size,
+        "actor.train.engine": "threed",
+        "actor.train.pp": 2,
+        "actor.train.micro_batch_tokens": 2048,
+        "actor.generation.sampling.max_response_tokens": 64,
+        "output_dir": tmp_path / "run",
+    }
+    config = make_settings("grpo", settings, by_length)
+    layout = foresee(config).role("actor").layout
+    prompts = prepare(config).train
+    assert layout is not None and isinstance(prompts, PromptDataset)
+    eighth = 2 * batch_size * (float(prompts.lengths.mean()) + 64) / 8
+    assert layout.micro_batch_tokens == pytest.approx(max(512, eighth), abs=1)
+
+
+def test_keys_and_values_of_engine_hf_go_with_their_rows(tmp_path: Path) -> None:
+    settings = tiny_grpo(tmp_path) | {"output_dir": tmp_path / "run"}
+    mapping = foresee(make_settings("grpo", settings, by_length))
+    held = {call.kind: call.bytes for call in mapping.calls}
+    assert held["generation"]["kv_cache"] > 0
+    assert "kv_cache" not in held["training"] and "generation_weights" in held["training"]

@@ -149,6 +149,13 @@ class TrainingEngine(ABC):
         optimizer states, 2 gradients too, 3 weights too."""
 
     @classmethod
+    def budget_tokens(cls, config: TrainConfig, num_tokens: int) -> int:
+        """Tokens of a micro-batch on a rank, at most, where a call gives a data coordinate rows of
+        `num_tokens`. The mapper counts with it."""
+        del num_tokens
+        return config.micro_batch_tokens
+
+    @classmethod
     @abstractmethod
     def shards_data(cls, config: TrainConfig) -> bool:
         """Whether local_parameters() of a data rank are its own part of each tensor rank's

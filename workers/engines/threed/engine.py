@@ -78,6 +78,14 @@ class ThreeDEngine(ShardedEngine):
         return 1
 
     @classmethod
+    def budget_tokens(cls, config: TrainConfig, num_tokens: int) -> int:
+        if config.pp == 1:
+            return config.micro_batch_tokens
+        passes = MICRO_BATCHES_PER_STAGE * config.pp
+        share = -(-num_tokens // (passes * config.cp))
+        return min(config.micro_batch_tokens, max(share, MIN_MICRO_BATCH_TOKENS))
+
+    @classmethod
     def shards_data(cls, config: TrainConfig) -> bool:
         return False
 
@@ -225,12 +233,7 @@ class ThreeDEngine(ShardedEngine):
     def _micro_batches(self, sequences: Sequences) -> list[MicroBatch]:
         """The same on all ranks of this data coordinate; none if there are no rows and experts are
         not divided."""
-        budget = self.config.micro_batch_tokens
-        if self.config.pp > 1:
-            passes = MICRO_BATCHES_PER_STAGE * self.config.pp
-            share = -(-int(sequences.lengths.sum()) // (passes * self.config.cp))
-            budget = min(budget, max(share, MIN_MICRO_BATCH_TOKENS))
-        cut = self._cut(sequences, budget)
+        cut = self._cut(sequences, self.budget_tokens(self.config, int(sequences.lengths.sum())))
         if self.config.ep > 1:
             cut = self._fill_up(cut, sequences, self._data_group, alike=True)
         return self._share_rows(cut)
