@@ -49,7 +49,13 @@ from recipes.questions import check_question
 from recipes.roles import GENERATION, role_kind
 from recipes.same_run import check_same_run
 from recipes.schedules import with_schedules
-from recipes.text_settings import log_left_out, smallest_vocabulary, with_date, with_text
+from recipes.text_settings import (
+    log_left_out,
+    log_other_sampling,
+    smallest_vocabulary,
+    with_date,
+    with_text,
+)
 from recipes.trial import try_policy_loss
 from workers.agents.workers import EpisodeActor
 from workers.columns import IMAGES
@@ -133,6 +139,7 @@ def prepare(config: RunConfig) -> Preparation:
     placement = place(config)
     check_vocabularies(config, placement.roles, tokenizer)
     log_left_out(placement.roles, config)
+    log_other_sampling(placement.roles)
     train = load_rows(placement, "train", tokenizer)
     num_steps = config.loop.length(len(train), config.data.batch_size).num_steps
     config = with_schedules(config, num_steps)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from controllers import QUESTIONS
 from controllers.data.tokenize import settled_template
@@ -21,12 +21,28 @@ from recipes.settings_history import CONFIG
 from workers.config import ModelConfig
 from workers.generation.config import SamplingConfig
 from workers.generation.sampling import with_special_stops
-from workers.role_config import JudgeConfig, RewardConfig
+from workers.role_config import ActorConfig, JudgeConfig, RewardConfig
 from workers.text import ResponseReader, end_token_ids, writes_the_date
 from workers.tokenizer import load_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 
+SAMPLING = (
+    *(
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "num_beams",
+    ),
+    *("repetition_penalty", "no_repeat_ngram_size", "sequence_bias", "bad_words_ids"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
+    *("min_length", "min_new_tokens", "max_length", "max_new_tokens"),
+)
+"""Settings of transformers' generation that change what is drawn."""
 ROLES_OF_THE_MODEL = ("actor", "critic", "cost_critic", "reference", "policy", "reward_model")
 """Roles that start from the run's model unless they name their own."""
 
@@ -129,6 +145,30 @@ def log_left_out(roles: Sequence[Role], config: RunConfig) -> None:
             special_tokens=role.config.special_tokens,
         )
         LOGGER.info("%s: the text of a response leaves out %s", role.name, reader.describe())
+
+
+def log_other_sampling(roles: Sequence[Role]) -> None:
+    """Says which settings of a generating model's generation_config.json, which transformers' own
+    generate() takes over, a run does not."""
+    for role in roles:
+        if not isinstance(role.config, ActorConfig):
+            continue
+        model = role.config.model
+        try:
+            published = GenerationConfig.from_pretrained(model.path, revision=model.revision)
+        except OSError:
+            continue  # the model has none
+        settings = published.to_diff_dict()
+        named = [f"{name}={settings[name]}" for name in SAMPLING if name in settings]
+        if named:
+            LOGGER.info(
+                "%s: generation_config.json of %s has %s, which are not taken over; responses are "
+                "drawn as generation.sampling says",
+                role.name,
+                model.path,
+                ", ".join(named),
+            )
+            return
 
 
 def smallest_vocabulary(roles: Sequence[Role]) -> tuple[str, int] | None:
