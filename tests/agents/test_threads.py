@@ -145,3 +145,18 @@ def test_a_forked_process_ends_where_its_code_does(way: str, status: int) -> Non
 
     finished, _ = run(as_episode(Forks).episode, 2, EpisodeConfig(step_timeout_s=20, retries=0))
     assert [episode.outcome and episode.outcome.reward for episode in finished] == [status] * 2
+
+
+def test_a_forked_process_of_an_async_method_ends_where_it_exits() -> None:
+    class Forks:
+        def reset(self, task: dict[str, Any]) -> str:
+            return "Go"
+
+        async def step(self, action: str) -> tuple[str, bool, float]:
+            child = os.fork()
+            if not child:
+                sys.exit(3)
+            return "", True, float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    finished, _ = run(as_episode(Forks).episode, 2, EpisodeConfig(step_timeout_s=20, retries=0))
+    assert [episode.outcome and episode.outcome.reward for episode in finished] == [3.0] * 2

@@ -12,6 +12,7 @@ import asyncio
 import copy
 import itertools
 import logging
+import os
 import time
 import traceback
 from collections import Counter
@@ -32,7 +33,7 @@ from workers.agents.outcome import (
     checked_outcome,
     text_of,
 )
-from workers.agents.threads import as_failure
+from workers.agents.threads import as_failure, end_forked
 
 LOGGER = logging.getLogger(__name__)
 
@@ -211,6 +212,7 @@ class Episodes(LiveEpisodes):
             LOGGER.warning("environment=%s: further failures there are not named", self.name)
 
     async def _outcome(self, model: Model, task: Task) -> Outcome:
+        process = os.getpid()
         try:
             # An attempt may change its task, of which others of the group have the same object.
             returned = await self.episode(model, copy.deepcopy(task))
@@ -219,6 +221,7 @@ class Episodes(LiveEpisodes):
         except (asyncio.CancelledError, Exception):
             raise
         except BaseException as error:  # such as sys.exit's, which would end the loop of all
+            end_forked(process, error)
             raise as_failure(error) from error
         return checked_outcome(returned, model.segments.num_turns, self.name)
 

@@ -80,8 +80,7 @@ class Caller:
                 result = function(*args, **kwargs)
             except BaseException as raised:  # the user's code, whose errors belong to the episode
                 error = raised
-            if os.getpid() != process:  # one that the function forked, and that did not end itself
-                os._exit(_status(error))
+            end_forked(process, error)
             if is_own:
                 self._is_busy = False
             try:
@@ -116,11 +115,15 @@ def _run_all(work: SimpleQueue[Callable[[], None] | None]) -> None:
         del run  # it holds the Caller, whose end is this thread's
 
 
-def _status(error: BaseException | None) -> int:
-    """The exit status of a process whose code ends so."""
+def end_forked(process: int, error: BaseException | None) -> None:
+    """Ends a process that an episode's code forked off `process`, and in which that code has come
+    to its end: it has no part in the episodes."""
+    if os.getpid() == process:
+        return
+    status = 0 if error is None else 1
     if isinstance(error, SystemExit) and isinstance(error.code, int | None):
-        return error.code or 0
-    return 0 if error is None else 1
+        status = error.code or 0
+    os._exit(status)
 
 
 def _deliver(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
