@@ -7,10 +7,13 @@ import asyncio
 import contextlib
 import functools
 import json
+import resource
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from tests.agents.chat import conversation, drawn, saying
@@ -211,3 +214,22 @@ def test_an_agent_that_takes_the_first_answer_has_not_failed() -> None:
 
     finished, _ = run(episode, 1, EpisodeConfig(retries=0))
     assert finished[0].outcome == Outcome(reward=1.0)
+
+
+def test_many_episodes_have_files_enough() -> None:
+    """The usual limit of 1024 open files is too few for the connections of some hundred agents."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(list(Path("/proc/self/fd").iterdir())) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        async with Endpoint(model) as url, aiohttp.ClientSession() as client:
+            body = {"messages": [{"role": "user", "content": "Go"}]}
+            async with client.post(f"{url}/chat/completions", json=body) as answer:
+                return float(answer.status)
+
+    try:
+        finished, _ = run(episode, 20, EpisodeConfig(retries=0, step_timeout_s=20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [episode.outcome and episode.outcome.reward for episode in finished] == [200.0] * 20

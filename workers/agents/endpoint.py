@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import time
 import uuid
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ from workers.agents.outcome import EnvironmentMistake, LimitReached, RequestRefu
 from workers.agents.renderer import Message
 
 POLICY = {"id": "policy", "object": "model", "created": 0, "owned_by": "hybridflow"}
+MOST_FILES = 65536
 FINISH = {"stop": "stop", "length": "length", "context": "length"}
 """A reply's finish reason -> OpenAI's."""
 
@@ -82,6 +84,7 @@ class Endpoint:
         application.router.add_route("*", "/{path:.*}", self._elsewhere)
         # A request whose client has closed the connection is drawn no further, and what was drawn
         # is not in the row.
+        _allow_files()
         self._runner = web.AppRunner(application, access_log=None, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -233,6 +236,15 @@ class Endpoint:
                 "total_tokens": len(ids),
             },
         }
+
+
+def _allow_files() -> None:
+    """Raises the process's limit of open files: each episode has about three, and the usual 1024
+    would leave clients waiting without a word."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _log_probs(model: Model, reply: Reply) -> list[dict[str, Any]]:
