@@ -18,6 +18,7 @@ from hybridflow.registry import load_object
 from hybridflow.wording import kind_of
 from workers.rewards.code import code
 from workers.rewards.combined import CombinedReward
+from workers.rewards.other_tools import rewritten
 from workers.rewards.sandbox import SandboxError
 from workers.rewards.sandbox.mode import Sandbox, use_sandbox
 from workers.rewards.values import LARGEST, STATISTICS, as_number, shortened
@@ -65,8 +66,11 @@ def resolve(function: str | RewardFunction, role: str = "reward") -> RewardFunct
         missing = [name for name in ("prompt", "response", "finish_reason") if name not in keywords]
         if missing:
             raise ValueError(
-                f"{role}.function={function_name(function)!r} takes no {', '.join(missing)}; let "
-                "it end in **columns"
+                f"{role}.function={function_name(function)!r} "
+                + (
+                    rewritten(found, set())
+                    or f"takes no {', '.join(missing)}; let it end in **columns"
+                )
             )
     return found
 
@@ -83,9 +87,12 @@ def check_columns(function: str | RewardFunction, names: Iterable[str], role: st
     if isinstance(function, CombinedReward):
         function.check_columns(given)
         return
+    reward = resolve(function, role)
     try:
-        inspect.signature(resolve(function, role)).bind(**given)
+        inspect.signature(reward).bind(**given)
     except TypeError as error:
+        if message := rewritten(reward, set(given)):
+            raise ValueError(f"{role}.function={function_name(function)!r} {message}") from None
         raise ValueError(
             f"{role}.function={function_name(function)!r} does not fit the data ({error}): it is "
             f"called by keyword with {', '.join(given)}; let it end in **columns, give further "
@@ -171,7 +178,7 @@ def _checked(
     if role not in numbers:
         raise ValueError(
             f"{role}.function={path!r} returned a dict without {role!r} ({list(numbers)}) on "
-            f"{_describe(row)}"
+            f"{_describe(row)}; give the number to learn from that name"
         )
     taken = sorted(STATISTICS & numbers.keys())
     if taken:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hybridflow.registry import load_object
 from hybridflow.wording import kind_of
+from workers.rewards.other_tools import rewritten
 from workers.rewards.values import STATISTICS, as_number, shortened
 
 
@@ -73,6 +74,8 @@ class CombinedReward:
             try:
                 inspect.signature(function).bind(**given)
             except TypeError as error:
+                if message := rewritten(function, set(given)):
+                    raise ValueError(f"{self.role}.parts.{name}.function {message}") from None
                 raise ValueError(
                     f"{self.role}.parts.{name} does not fit the data ({error}): it is called by "
                     f"keyword with {', '.join(given)}; let it end in **columns, or correct "
