@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
 from controllers.data.images import has_images, images_of
-from controllers.data.messages import check_messages, text_or_messages
+from controllers.data.messages import MARKS, check_messages, text_or_messages
 from controllers.data.sources import SourceRow
 from controllers.data.tokenize import PromptTokenizer, check_text
 from workers.images import ImageProcessor
@@ -82,7 +82,7 @@ class ConversationTokenizer:
         self.beginning = Beginning(tokenizer)
         self.ending = turn_ending(tokenizer, chat_template=self.prompts.template_for())
         """What the template writes after an assistant's words."""
-        self.warned = False
+        self.warned = self.repeated = False
         self.end_text = ""
         if self.ending is not None and self.ending.token_id is not None:
             self.end_text = str(tokenizer.convert_ids_to_tokens(self.ending.token_id))
@@ -101,6 +101,14 @@ class ConversationTokenizer:
         if not isinstance(prompt, str):
             return self._of_turns(row, [*prompt, message], [len(prompt)])
         text = _text_of(row, column, message)
+        if not self.repeated and text.startswith(prompt):
+            self.repeated = True
+            LOGGER.warning(
+                "%s: %r begins with the prompt, so it stands there twice; store in it what goes on "
+                "behind the prompt",
+                row.place,
+                column,
+            )
         segments = [Segment(prompt, learned=False), Segment(text, learned=True)]
         return Conversation(row.place, segments, plain=True, ends_open=True)
 
@@ -121,9 +129,10 @@ class ConversationTokenizer:
                     f"{row.place}: every assistant's message has the weight 0, so there is nothing "
                     "to learn; remove the row"
                 )
+            roles = ", ".join(sorted({repr(message["role"]) for message in messages}))
             raise ValueError(
-                f"{row.place}: no message has the role 'assistant', so there is nothing to learn; "
-                "remove the row"
+                f"{row.place}: no message has the role 'assistant' (the roles are {roles}), so there is "
+                "nothing to learn; remove the row or rename the role"
             )
         return self._of_turns(row, messages, turns)
 
@@ -152,6 +161,12 @@ class ConversationTokenizer:
             before = self._rendered(row, messages[:turn], done, generation_prompt=True)
             after = self._rendered(row, shown, before, generation_prompt=False)
             ending = self._ending(row, shown, after)
+            if not after[len(before) : len(after) - len(ending.text)].strip():
+                raise ValueError(
+                    f"{row.place}: message {turn} (from 0) is the assistant's, and the chat template "
+                    "writes nothing of it; remove it or the row, mark it with weight: 0, or use a "
+                    "template that writes it"
+                )
             end = len(after) - len(ending.text) + ending.end
             segments.append(Segment(before[len(done) :], learned=False))
             segments.append(Segment(after[len(before) : end], learned=True))
@@ -255,17 +270,17 @@ class ConversationTokenizer:
 
 
 def is_learned(row: SourceRow, message: dict[str, Any]) -> bool:
-    """Whether it is the assistant's and has no weight of 0, by which published conversations mark
-    turns that are not to be learned."""
-    weight = message.get("weight", 1)
+    """Whether it is the assistant's and no mark says that it is not to be learned."""
     if message["role"] != "assistant":
         return False
-    if isinstance(weight, str) or weight not in (0, 1):
-        raise ValueError(
-            f"{row.place}: an assistant's message has weight={weight!r}; it is learned (1, or no "
-            "weight) or not (0)"
-        )
-    return bool(weight)
+    for name in MARKS:
+        weight = message.get(name, 1)
+        if isinstance(weight, str) or weight not in (0, 1):
+            raise ValueError(
+                f"{row.place}: an assistant's message has {name}={weight!r}; it is learned (1, or no "
+                f"{name}) or not (0)"
+            )
+    return all(message.get(name, 1) for name in MARKS)
 
 
 def _response_message(row: SourceRow, column: str, response: Any) -> dict[str, Any]:

@@ -194,6 +194,9 @@ def _parsed(place: str, text: bytes, rule: str) -> Any:
         ) from error
     except RepeatedName as error:
         raise ValueError(f"{place}: {error}") from None
+    except ValueError as error:  # an integer of more than 4300 digits
+        problem = str(error).partition(";")[0]
+        raise ValueError(f"{place}: {problem}; store the number as text") from error
     except RecursionError as error:
         raise ValueError(f"{place}: JSON that is nested too deeply; flatten it") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,25 @@ from hybridflow.wording import kind_of
 
 CONTENTLESS = ("tool_calls", "function_call")
 """Fields of a message that may stand in place of its content."""
+MARKS = ("weight", "train", "training", "loss")
+"""Fields by which published conversations say whether a turn is learned: 1 or true, 0 or false."""
+ALIASES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "model": "assistant",
+}
+"""Roles of published conversations that no chat template knows, or that are never learned."""
+ROLES = ("system", "user", "assistant", "tool", "developer")
+BEGINS_AS_MESSAGES = re.compile(
+    r"""\s*(array\()?\[?\s*\{\s*['"](role|content|from|value)['"]\s*:"""
+)
+NAMES_A_ROLE = re.compile(
+    r"""['"](role|from)['"]\s*:\s*['"](system|user|assistant|human|gpt)['"]"""
+)
+"""Both: messages as text, in JSON or as Python prints them."""
 
 
 def value_of(row: SourceRow, column: str, setting: str) -> Any:
@@ -117,6 +137,16 @@ def text_or_messages(value: Any) -> Any:
     return messages
 
 
+def check_no_messages(row: SourceRow, column: str, text: str) -> None:
+    """A ValueError for text that is messages in a form that is not read: as Python prints a list (what
+    pandas writes into a .csv), one message that is no list, or ShareGPT's."""
+    if BEGINS_AS_MESSAGES.match(text) and NAMES_A_ROLE.search(text):
+        raise ValueError(
+            f"{row.place}: {column!r} is text that begins as messages do, {text[:60]!r}, and is no JSON "
+            "of a list of {role, content}; store the list, or json.dumps of it"
+        )
+
+
 def _from_json(value: Any) -> Any:
     """A list that is stored as JSON text."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
@@ -138,6 +168,10 @@ def _message(row: SourceRow, column: str, number: int, message: Any) -> dict[str
             f"{place} has 'from' and 'value'; rename them to role (user, assistant, system) and "
             "content"
         )
+    if "role" not in checked and "content" not in checked:
+        names = ", ".join(map(repr, checked)) or "nothing"
+        raise ValueError(f"{place} has {names}; write {{'role': ..., 'content': ...}}")
+    _check_role(place, checked.get("role"))
     if isinstance(checked.get("tool_calls"), list):
         checked["tool_calls"] = [_tool_call(call) for call in checked["tool_calls"]]
     content = checked.get("content")
@@ -155,6 +189,15 @@ def _message(row: SourceRow, column: str, number: int, message: Any) -> dict[str
     if not isinstance(content, list):
         check_encodable(place, content or "")
     return checked
+
+
+def _check_role(place: str, role: Any) -> None:
+    """A ValueError for another spelling of a role: a template would write it as it stands, and nothing
+    of it would be learned."""
+    if isinstance(role, str) and role not in ROLES:
+        name = ALIASES.get(role.lower(), role.lower())
+        if name in ROLES:
+            raise ValueError(f"{place} has the role {role!r}; write {name!r}")
 
 
 def _tool_call(call: Any) -> Any:

@@ -26,6 +26,7 @@ from controllers.data.sources import SourceRow
 
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 """What begins a turn of a dialogue in HH-RLHF."""
+HUMAN = re.compile(r"(\n\n)?Human:")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 ASSISTANT = "\n\nAssistant:"
 
@@ -44,7 +45,7 @@ def with_prompt(row: SourceRow, config: DataConfig, *, chat: bool) -> SourceRow:
         for column, value in zip(columns, values, strict=True):
             messages = check_messages(row, column, "", value=value)
             conversations.append(_behind_the_prompt(row, config, messages))
-    elif find_value(row.values, config.prompt_column) is MISSING and all(map(_is_dialogue, values)):
+    elif all(map(_is_dialogue, values)) and _is_whole(row, config, values):
         conversations = [_turns(value, chat=chat) for value in values]
     else:
         return row
@@ -64,6 +65,8 @@ def with_prompt(row: SourceRow, config: DataConfig, *, chat: bool) -> SourceRow:
                 continue
             raise Unusable("an empty response")
     prompt: Any = chosen[:-1]
+    if prompt and prompt[-1]["role"] == "assistant":
+        raise Unusable("two turns of the assistant at the end")
     answers: list[Any] = [[messages[-1]] for messages in conversations]
     if prompt and prompt[0]["role"] == "text":
         prompt, answers = prompt[0]["content"], [answer[0]["content"] for answer in answers]
@@ -101,6 +104,23 @@ def _behind_the_prompt(
 
 def _is_dialogue(value: Any) -> bool:
     return isinstance(value, str) and ASSISTANT in value and TURN.match(value) is not None
+
+
+def _is_whole(row: SourceRow, config: DataConfig, dialogues: list[str]) -> bool:
+    """Whether the dialogues have the prompt inside: no column has it, or they begin with it. A
+    ValueError where another prompt stands before what a person says first."""
+    prompt = find_value(row.values, config.prompt_column)
+    if prompt is MISSING:
+        return True
+    if not isinstance(prompt, str) or not all(map(HUMAN.match, dialogues)):
+        return False
+    if all(dialogue.startswith(prompt.rstrip()) for dialogue in dialogues):
+        return True
+    raise ValueError(
+        f"{row.place}: {config.prompt_column!r} is text with which the dialogues in "
+        f"{config.chosen_column!r} and {config.rejected_column!r} do not begin; leave it out, or "
+        "store there the last answers alone"
+    )
 
 
 def _turns(dialogue: str, *, chat: bool) -> list[dict[str, Any]]:

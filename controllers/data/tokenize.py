@@ -25,9 +25,11 @@ from controllers.data.image_column import (
 )
 from controllers.data.images import has_images, images_of, reference_of, with_column_images
 from controllers.data.messages import (
+    MARKS,
     MISSING,
     check_encodable,
     check_messages,
+    check_no_messages,
     find_value,
     is_null,
     text_or_messages,
@@ -68,6 +70,7 @@ class PromptTokenizer:
         self.template = dated(settled_template(tokenizer, config), config.date)
         self.beginning = Beginning(tokenizer)
         self.tools_checked = False
+        self.fields_checked: set[str] = {"role", "content", *MARKS}
 
     def __call__(self, rows: Sequence[SourceRow]) -> list[list[int]]:
         return self.tokens(rows, [self.prompt(row) for row in rows])
@@ -185,6 +188,8 @@ class PromptTokenizer:
                 "of the two"
             ) from error
         assert isinstance(text, str)
+        check_encodable(f"{row.place}: the chat template's text", text)
+        self._check_fields(row, messages, text, generation_prompt)
         if self.images is not None:
             text = self._with_images(row, messages, text)
         if not self.tools_checked:
@@ -202,6 +207,32 @@ class PromptTokenizer:
             if not problem.startswith(row.place):  # an image names its place itself
                 problem = f"{row.place}: {problem}"
             raise ValueError(problem) from error
+
+    def _check_fields(
+        self, row: SourceRow, messages: Any, text: str, generation_prompt: bool
+    ) -> None:
+        """Says so, once for a name, where the template writes the messages as if they had no such
+        entry (reasoning_content, say)."""
+        names = set().union(*messages) - self.fields_checked
+        for name in sorted(names):
+            self.fields_checked.add(name)
+            others = [{key: message[key] for key in message if key != name} for message in messages]
+            try:
+                without = self.tokenizer.apply_chat_template(
+                    others,
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                    **self.template_arguments(row),
+                )
+            except TEMPLATE_ERRORS:  # it is read
+                continue
+            if without == text:
+                LOGGER.warning(
+                    "%s: the chat template does not write %r of the messages; set data.chat_template "
+                    "to one that does, or put it into the content",
+                    row.place,
+                    name,
+                )
 
     def _check_tools(
         self, row: SourceRow, messages: Any, text: str, generation_prompt: bool
@@ -226,7 +257,9 @@ class PromptTokenizer:
 
 
 def check_text(row: SourceRow, column: str, text: str) -> str:
-    """The text, which a tokenizer must be able to take."""
+    """The text, which a tokenizer must be able to take, and which is no list of messages in another
+    form."""
+    check_no_messages(row, column, text)
     check_encodable(f"{row.place}: {column!r}", text)
     return text
 

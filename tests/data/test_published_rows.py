@@ -57,6 +57,14 @@ def test_turns_of_weight_0_are_context(tmp_path: Path) -> None:
     assert learned(tmp_path, turns) == "d<|im_end|>"
     turns = [user("a"), assistant("b"), user("c"), assistant("d", weight=0)]
     assert learned(tmp_path, turns) == "b<|im_end|>"
+    for mark in ("train", "training", "loss"):
+        turns = [
+            user("a"),
+            assistant("b", **{mark: False}),
+            user("c"),
+            assistant("d", **{mark: True}),
+        ]
+        assert learned(tmp_path, turns) == "d<|im_end|>"
     for weight, message in ((0, "has the weight 0, so there is nothing"), (0.5, "weight=0.5")):
         with pytest.raises(ValueError, match=rf"a\.jsonl, line 1: .*{message}"):
             learned(tmp_path, [user("a"), assistant("b", weight=weight)])
@@ -166,3 +174,116 @@ def test_columns_that_nothing_reads_are_named(
     (tmp_path / "a.jsonl").write_bytes(lines([row_of(level=3)]))
     load(tmp_path / "a.jsonl")
     assert "nothing reads" not in caplog.text
+
+
+def test_a_turn_of_which_nothing_is_written_is_named(tmp_path: Path) -> None:
+    """It would teach to end at once; as context it may stay."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    for turn in (assistant(""), assistant("  "), assistant("", tool_calls=[call])):
+        turns = [user("a"), turn, user("c"), assistant("d")]
+        with pytest.raises(
+            ValueError, match=r"line 1: message 1 \(from 0\) is the assistant's, and"
+        ):
+            learned(tmp_path, turns)
+        assert learned(tmp_path, [user("a"), turn | {"weight": 0}, *turns[2:]]) == "d<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("role", "name"),
+    [("human", "user"), ("User", "user"), ("prompter", "user"), ("SYSTEM", "system")],
+)
+def test_roles_of_another_name_are_refused(tmp_path: Path, role: str, name: str) -> None:
+    """A template would write them as they stand."""
+    (tmp_path / "a.jsonl").write_bytes(lines([row_of(prompt=[{"role": role, "content": "q"}])]))
+    with pytest.raises(ValueError, match=rf"of 'prompt' has the role '{role}'; write '{name}'"):
+        load(tmp_path / "a.jsonl", tokenizer=CHAT)
+    with pytest.raises(ValueError, match=r"has the role 'gpt'; write 'assistant'"):
+        learned(tmp_path, [user("q"), assistant("a"), {"role": "gpt", "content": "b"}])
+    with pytest.raises(ValueError, match=r"\(the roles are 'narrator', 'user'\)"):
+        learned(tmp_path, [user("q"), {"role": "narrator", "content": "b"}])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        str([user("q")]),
+        json.dumps(user("q")),
+        json.dumps([{"from": "human", "value": "q"}]),
+        "[{'content': 'q' * 2000, 'role': 'user'}]",
+        "array([{'role': 'user', 'content': 'q'}], dtype=object)",
+    ],
+)
+def test_messages_that_became_text_are_refused(tmp_path: Path, text: str) -> None:
+    """What pandas writes of a list into a .csv is not JSON."""
+    (tmp_path / "a.jsonl").write_bytes(lines([row_of(prompt=text)]))
+    with pytest.raises(ValueError, match=r"line 1: 'prompt' is text that begins as messages do"):
+        load(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(
+        lines([row_of(prompt='[{"name": "role", "value": "user"}]')])
+    )
+    assert len(load(tmp_path / "a.jsonl")) == 1
+
+
+def test_dialogues_that_begin_with_their_prompt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It stands there once."""
+    prompt, before = "\n\nHuman: q\n\nAssistant:", [user("q")]
+    dialogues = {"chosen": f"{prompt} 4", "rejected": f"{prompt} 5"}
+    assert pair(tmp_path, prompt=prompt, **dialogues) == expected(before, "4", "5")
+    assert pair(tmp_path, **dialogues) == expected(before, "4", "5")
+    with pytest.raises(
+        ValueError, match="'prompt' is text with which the dialogues in 'chosen' and"
+    ):
+        pair(tmp_path, prompt="\n\nHuman: other\n\nAssistant:", **dialogues)
+    with pytest.raises(ValueError, match="1 with two turns of the assistant at the end"):
+        pair(tmp_path, chosen=f"{prompt} 4\n\nAssistant: 5", rejected=f"{prompt} 4\n\nAssistant: 6")
+    caplog.clear()
+    pair(tmp_path, prompt="Two and", chosen="Two and two", rejected="Two and three")
+    assert caplog.text.count("'chosen' begins with the prompt, so it stands there twice") == 1
+
+
+def test_entries_that_the_template_does_not_write_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [user("q"), assistant("4", reasoning_content="2+2"), user("r"), assistant("5")]
+    assert learned(tmp_path, turns) == "4<|im_end|>5<|im_end|>"
+    assert caplog.text.count("does not write 'reasoning_content' of the messages") == 1
+    caplog.clear()
+    template = CHAT.chat_template.replace(
+        "m['content']", "(m.reasoning_content or '') + m['content']"
+    )
+    (tmp_path / "own.jinja").write_text(template)
+    dataset = load(
+        tmp_path / "a.jsonl",
+        DemonstrationDataset,
+        CHAT,
+        messages_column="messages",
+        chat_template=str(tmp_path / "own.jinja"),
+    )
+    assert CHAT.decode(dataset.all().ragged("response_ids")[0]).startswith("2+24<|im_end|>")
+    assert "does not write" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"prompt": "a", "answer": ' + "9" * 5000 + "}",
+            "line 1: .*5000 digits; store the number as",
+        ),
+        (
+            '{"prompt": [{"role": "x\\ud800", "content": "a"}], "answer": 1}',
+            "line 1: the chat template's text has .* half of a surrogate pair",
+        ),
+        (
+            '{"prompt": [{"input": "a", "output": "b"}], "answer": 1}',
+            "has 'input', 'output'; write",
+        ),
+    ],
+)
+def test_values_that_nothing_takes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.jsonl, {message}|{message}") as error:
+        load(tmp_path / "a.jsonl")
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
