@@ -95,9 +95,14 @@ def read_parquet(path: Path, file: BinaryIO) -> Iterator[SourceRow]:
             check_names(str(path), table.schema_arrow.names)
             number = 0
             for batch in table.iter_batches(batch_size=BATCH_ROWS):
-                for values in batch.to_pylist(maps_as_pydicts="lossy"):
+                for values in batch.to_pylist(maps_as_pydicts="strict"):
                     yield SourceRow(f"{path}, row {number} (from 0)", values)
                     number += 1
+    except KeyError:  # of a map
+        raise ValueError(
+            f"data {str(path)!r}: one of the {BATCH_ROWS} rows from row {number} (from 0) has a map with "
+            f"two equal keys; remove one"
+        ) from None
     except pyarrow.ArrowException as error:
         raise ValueError(
             f"data {str(path)!r} can't be read as parquet: {str(error).rstrip(' .')}; write it anew"
@@ -130,7 +135,7 @@ def read_csv(path: Path, file: BinaryIO) -> Iterator[SourceRow]:
     """A first line of names, and rows of texts; an empty cell holds null."""
     csv.field_size_limit(MOST_CELL_CHARACTERS)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    reader = csv.DictReader(text)
+    reader = csv.DictReader(text, strict=True)
     try:
         check_names(f"{path}, line 1", reader.fieldnames or ())
         for values in reader:
@@ -150,7 +155,10 @@ def read_csv(path: Path, file: BinaryIO) -> Iterator[SourceRow]:
             "UTF-8"
         ) from error
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}; correct the row") from error
+        raise ValueError(
+            f"{path}, after line {reader.line_num}: {error}; correct the row (a quote in quoted text is "
+            '"", without a backslash)'
+        ) from error
 
 
 FORMATS: dict[str, Callable[[Path, BinaryIO], Iterator[SourceRow]]] = {

@@ -106,13 +106,27 @@ def tools_of(row: SourceRow, column: str | None) -> list[Any] | None:
     tools = find_value(row.values, column)
     if tools is MISSING or is_null(tools) or tools in ("", []):
         return None
+    if isinstance(tools, str) and tools.strip() == "null":
+        return None
     tools = _from_json(tools)
+    if isinstance(tools, list):
+        tools = [_tool(tool) for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(
             f"{row.place}: {column!r} is {type(tools).__name__} {str(tools)[:60]!r}; it must be a "
             "list of tools, each a dictionary (a JSON schema), or set data.tools_column=null"
         )
     return list(without_nulls(tools))
+
+
+def _tool(tool: Any) -> Any:
+    """A tool that is stored as JSON text."""
+    if not isinstance(tool, str):
+        return tool
+    try:
+        return json.loads(tool)
+    except json.JSONDecodeError:
+        return tool
 
 
 def without_nulls(value: Any) -> Any:

@@ -153,6 +153,8 @@ class SafetyPairDataset(PairDataset):
 
 def _flag(row: SourceRow, column: str, setting: str) -> bool:
     value = value_of(row, column, setting)
+    if isinstance(value, str):  # a .csv holds texts
+        value = {"true": True, "false": False}.get(value.strip().lower(), value)
     if not isinstance(value, bool | int) or value not in (0, 1):
         raise ValueError(f"{row.place}: {column!r} is {value!r}; it must be true (safe) or false")
     return bool(value)

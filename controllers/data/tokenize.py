@@ -104,6 +104,14 @@ class PromptTokenizer:
             if self.config.text_as_user_message:
                 return self.placed(row, [{"role": "user", "content": prompt}])
             self._check_text_alone(row)
+            if not self.tools_checked and tools_of(row, self.config.tools_column):
+                self.tools_checked = True
+                LOGGER.warning(
+                    "%s: the prompt is text, which no chat template gives the tools in column %r; store "
+                    "prompts as messages, or set data.text_as_user_message=true",
+                    row.place,
+                    self.config.tools_column,
+                )
             return prompt
         messages = check_messages(row, column, "data.prompt_column", what="text or ", value=prompt)
         if messages[-1]["role"] == "assistant":
@@ -175,12 +183,13 @@ class PromptTokenizer:
                 "chat template; set data.chat_template to a file with one, use an "
                 "instruction-tuned model's tokenizer, or store prompts as text"
             )
+        arguments = self.template_arguments(row)
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
-                **self.template_arguments(row),
+                **arguments,
             )
         except TEMPLATE_ERRORS as error:
             raise ValueError(

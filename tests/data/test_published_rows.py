@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from controllers.data import DemonstrationDataset, PairDataset
+from controllers.data import DemonstrationDataset, PairDataset, SafetyPairDataset
 from tests.data.kinds import make
 from tests.data.rows import ROWS, lines, load, row_of
 
@@ -287,3 +287,61 @@ def test_values_that_nothing_takes_are_named(tmp_path: Path, text: str, message:
     with pytest.raises(ValueError, match=rf"a\.jsonl, {message}|{message}") as error:
         load(tmp_path / "a.jsonl")
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tools_as_json_texts_and_broken_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reads = CHAT.chat_template.replace("{% for m in", "{{ tools | tojson if tools }}{% for m in", 1)
+    (tmp_path / "own.jinja").write_text(reads)
+    tool = {"name": "look"}
+    prints = set()
+    for tools in ([tool], [json.dumps(tool)], json.dumps([tool]), json.dumps([json.dumps(tool)])):
+        (tmp_path / "a.jsonl").write_bytes(lines([row_of(prompt=[user("q")], tools=tools)]))
+        dataset = load(
+            tmp_path / "a.jsonl", tokenizer=CHAT, chat_template=str(tmp_path / "own.jinja")
+        )
+        prints.add(CHAT.decode(dataset.all().ragged("prompt_ids")[0]))
+    assert len(prints) == 1 and prints.pop().startswith('[{"name": "look"}]<|im_start|>user')
+    (tmp_path / "a.jsonl").write_bytes(lines([row_of(prompt=[user("q")], tools={"name": "look"})]))
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: 'tools' is dict"):
+        load(tmp_path / "a.jsonl", tokenizer=CHAT)
+    caplog.clear()
+    (tmp_path / "a.jsonl").write_bytes(lines([row_of(tools=[tool]), row_of(tools="null")]))
+    load(tmp_path / "a.jsonl", tokenizer=CHAT)
+    assert caplog.text.count("the prompt is text, which no chat template gives the tools") == 1
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ('"a \\"b\\" c",1\n', "after line 1: ',' expected after '\"'"),
+        ('"a,1\nb,2\n', "after line 1: unexpected end of data"),
+        ('"a"b,1\n', "after line 1: ',' expected after '\"'"),
+    ],
+)
+def test_quotes_of_a_csv_are_never_guessed(tmp_path: Path, cell: str, message: str) -> None:
+    (tmp_path / "a.csv").write_text(f"prompt,answer\n{cell}")
+    with pytest.raises(ValueError, match=rf"a\.csv, {message}; correct the row"):
+        load(tmp_path / "a.csv")
+
+
+def test_a_map_with_two_equal_keys(tmp_path: Path) -> None:
+    maps = pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64()))
+    columns = {"prompt": ["a"], "answer": ["b"], "m": maps}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet': one of .* has a map with two equal keys; "):
+        load(tmp_path / "a.parquet")
+
+
+def test_labels_of_a_csv_are_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "prompt,chosen,rejected,chosen_safe,rejected_safe\nq,4,5,True,false\nq,6,7,false,TRUE\n"
+    )
+    batch = load(tmp_path / "a.csv", SafetyPairDataset, CHAT).all()
+    assert batch.tensor("harm_sign").tolist() == [-1.0, 1.0, 1.0, -1.0]
+    (tmp_path / "a.csv").write_text(
+        "prompt,chosen,rejected,chosen_safe,rejected_safe\nq,4,5,yes,no\n"
+    )
+    with pytest.raises(ValueError, match="'chosen_safe' is 'yes'; it must be true"):
+        load(tmp_path / "a.csv", SafetyPairDataset, CHAT)

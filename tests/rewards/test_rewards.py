@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybridflow.errors import UserCodeError
 from workers.reward_function import check_columns, score_rows
 from workers.rewards import exact_match, length_penalty, matches, math, multiple_choice, number
 from workers.rewards.combined import CombinedReward, RewardPart, combined
@@ -207,6 +208,38 @@ CHOICES = [
 @pytest.mark.parametrize(("answer", "response", "expected"), CHOICES)
 def test_choices(answer: object, response: str, expected: float) -> None:
     assert value(multiple_choice, response, answer=answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "right"),
+    [
+        (1, ["4", "5", "6", "7"], "B"),  # MMLU
+        (3, ["a cat", "a dog", "an ant", "a bee"], "D"),
+        ("C", {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "C"),  # ARC
+        ("b", "ABC", "B"),
+        (1, None, "B"),
+    ],
+)
+def test_choices_of_a_column(answer: object, choices: Any, right: str) -> None:
+    for letter in "ABCD":
+        scored = score_rows(
+            "workers.rewards:multiple_choice",
+            [row(response=f"The answer is ({letter}).", answer=answer, choices=choices)],
+        )
+        assert scored == [(float(letter == right), {})]
+
+
+@pytest.mark.parametrize("choices", [[], {"label": ["1", "2"]}, {"text": ["x"]}, "", ["x"] * 27])
+def test_choices_without_letters_are_refused(choices: Any) -> None:
+    with pytest.raises(UserCodeError, match=r"choices is .*; give capital letters, a list of"):
+        score_rows("workers.rewards:multiple_choice", [row(answer=0, choices=choices)])
+
+
+def test_a_column_called_self() -> None:
+    reward = CombinedReward({"correct": (number, 1.0, {})})
+    assert score_rows(reward, [row(answer=4, response="4") | {"self": 1}]) == [
+        (1.0, {"correct": 1.0})
+    ]
 
 
 def test_a_choice_that_is_none_is_an_error() -> None:

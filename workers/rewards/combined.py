@@ -83,7 +83,7 @@ class CombinedReward:
                 ) from None
 
     async def __call__(
-        self, *, prompt: str, response: str, finish_reason: str, **columns: Any
+        self, /, *, prompt: str, response: str, finish_reason: str, **columns: Any
     ) -> dict[str, float]:
         row = {"prompt": prompt, "response": response, "finish_reason": finish_reason, **columns}
         values = await asyncio.gather(*(self._value(name, row) for name in self.parts))

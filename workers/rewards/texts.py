@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
+from collections.abc import Mapping, Sequence
 
 OPENING = r"""(?:[\s:=>*_"'`$(\[{-]|\\[a-z]+\{|\\\()*"""
 """Before a letter may stand white space, quotes, brackets, and LaTeX's \\text{."""
@@ -30,27 +32,48 @@ def multiple_choice(
     *,
     finish_reason: str,
     answer: object,
-    choices: str = "ABCDEFGHIJ",
+    choices: str | Sequence[object] | Mapping[str, Sequence[str]] | None = None,
     **columns: object,
 ) -> float:
     """1.0 if the letter that the response chooses is the answer's, else 0.0.
 
-    answer: a letter, "(B)", or a number that counts the choices from 0. The chosen letter is the
+    answer: a letter, "(B)", or a number that counts the choices from 0. choices: their letters, A to
+    J where nothing is given; a column of that name may hold their texts as a list (MMLU's), which
+    are A, B, ..., or {"text": [...], "label": ["A", "B"]} (ARC's). The chosen letter is the
     last boxed one, else the last one after "answer", else after "option" or "choice", else the
     last capital letter that stands alone and is no word of a sentence ("A cat", "I think"), else a
     small one that is all of the response, begins it as "b)" does, or stands in brackets.
     """
+    letters = letters_of(choices)
     text = str(answer).strip().strip("().").upper()
     if isinstance(answer, int) or text.isdecimal():
         position = int(text)
-        if not 0 <= position < len(choices):
+        if not 0 <= position < len(letters):
             raise ValueError(
-                f"answer is {answer!r}, which counts none of the choices {choices} (from 0)"
+                f"answer is {answer!r}, which counts none of the choices {letters} (from 0)"
             )
-        text = choices[position]
-    if len(text) != 1 or text not in choices:
-        raise ValueError(f"answer is {answer!r}; give a letter of {choices} or its number from 0")
-    return float(chosen_letter(unicodedata.normalize("NFKC", response), choices) == text)
+        text = letters[position]
+    if len(text) != 1 or text not in letters:
+        raise ValueError(f"answer is {answer!r}; give a letter of {letters} or its number from 0")
+    return float(chosen_letter(unicodedata.normalize("NFKC", response), letters) == text)
+
+
+def letters_of(choices: str | Sequence[object] | Mapping[str, Sequence[str]] | None) -> str:
+    """The letters of the choices, such as "ABCD": as text, by the number of their texts, or by their
+    labels."""
+    if choices is None:
+        return "ABCDEFGHIJ"
+    letters = string.ascii_uppercase[: len(choices)]
+    if isinstance(choices, str):
+        letters = choices.upper()
+    elif isinstance(choices, Mapping):
+        letters = "".join(choices.get("label", ()))
+    if not letters or not set(letters) <= set(string.ascii_uppercase) or len(choices) > 26:
+        raise ValueError(
+            f"choices is {str(choices)[:60]!r}; give capital letters, a list of at most 26 texts, or "
+            "their labels as {label: [A, B]}"
+        )
+    return letters
 
 
 def chosen_letter(response: str, choices: str) -> str:
