@@ -48,6 +48,21 @@ def test_assertions(mode: dict[str, Any]) -> None:
     assert score(program, "for n in range(3):\n    assert add(n, n) == 2 * n", **mode) == 1.0
 
 
+def test_columns_of_published_tests(mode: dict[str, Any]) -> None:
+    """HumanEval's function to check, and what MBPP's assertions need before them."""
+    program, wrong = (f"def add(a, b):\n    return a {sign} b" for sign in "+-")
+    human = "def check(candidate):\n    assert candidate(1, 2) == 3\n"
+    for test in (human, f"{human}\ncheck(add)\n"):
+        assert score(program, test, entry_point="add", **mode) == 1.0
+        assert score(wrong, test, entry_point="add", **mode) == 0.0
+    needed = {"test_setup_code": "expected = math.isqrt(9)", "test_imports": ["import math"]}
+    test = ["assert add(1, 2) == expected"]
+    assert score(program, test, **needed, **mode) == 1.0
+    assert score(wrong, test, **needed, **mode) == 0.0
+    assert score(program, test, test_setup_code="", test_imports=[], **mode) == 0.0
+    assert score(SUM, PAIRS, entry_point="add", **needed, **mode) == 1.0
+
+
 BLOCKS = {
     "```python3\nprint(1)\n```\nThis prints 1": "print(1)",
     "```python\nprint(1)\n```\nOutput:\n```\n1\n```": "print(1)",

@@ -218,6 +218,7 @@ def test_choices(answer: object, response: str, expected: float) -> None:
         ("C", {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "C"),  # ARC
         ("b", "ABC", "B"),
         (1, None, "B"),
+        (1.0, None, "B"),
     ],
 )
 def test_choices_of_a_column(answer: object, choices: Any, right: str) -> None:
@@ -251,6 +252,7 @@ def test_a_choice_that_is_none_is_an_error() -> None:
 def test_texts() -> None:
     assert value(exact_match, " Paris\n", answer="paris") == 1.0
     assert value(exact_match, "Paris", answer="paris", ignore_case=False) == 0.0
+    assert value(exact_match, "18", answer=18.0) == value(exact_match, "18.0", answer=18.0) == 1.0
     assert value(exact_match, "Paris!", answer=["Rome", "Paris"], ignore_punctuation=True) == 1.0
     pattern = "<think>.*</think><answer>.*</answer>"
     assert value(matches, "<think>a\nb</think><answer>c</answer>\n", pattern=pattern) == 1.0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from recipes.python_api import dry_run
 from tests.rewards.test_rewards import value
 from tests.tiny import tiny_grpo
-from workers.rewards import math, multiple_choice, number
+from workers.rewards import code, exact_match, math, multiple_choice, number
 from workers.rewards.answers import check_answers
 from workers.rewards.combined import CombinedReward
 from workers.rewards.numbers import numbers_in
@@ -128,6 +129,28 @@ def test_answers_that_a_reward_can_not_read_are_counted() -> None:
     with pytest.raises(ValueError, match=r"line 1: workers.rewards:multiple_choice: .*4 of 4"):
         check_answers(multiple_choice, rows, "data.train")
     check_answers(value, rows, "data.train")  # a function of one's own
+
+
+def test_tests_and_texts_that_a_reward_can_not_read_are_found_before_any_response() -> None:
+    human = "def check(candidate):\n    assert candidate(1) == 1\n"
+    rows: list[tuple[str, dict[str, Any]]] = [
+        ("a.jsonl, line 1", {"answer": human, "entry_point": "one"}),
+        ("a.jsonl, line 2", {"answer": ["assert one(1) == 1"], "test_setup_code": "import math"}),
+    ]
+    check_answers(code, rows, "data.train")
+    for broken, message in (
+        ({"answer": human}, "asserts nothing"),
+        ({"answer": human, "entry_point": None}, "asserts nothing"),
+        ({"answer": "[]"}, "give tests, at least one"),
+        ({"answer": ["assert one(1) =="]}, "no Python"),
+        ({"answer": ["assert one(1)"], "test_imports": ["import no_such"]}, "imports no_such"),
+    ):
+        with pytest.raises(ValueError, match=rf"line 3: workers.rewards:code: .*{message}.*1 of 3"):
+            check_answers(code, [*rows, ("a.jsonl, line 3", broken)], "data.train")
+    for answer in ({"aliases": ["a"]}, [], [["a"]], [None]):
+        texts = [("a.jsonl, line 1", {"answer": "a"}), ("a.jsonl, line 2", {"answer": answer})]
+        with pytest.raises(ValueError, match=r"line 2: workers.rewards:exact_match: answer is"):
+            check_answers(exact_match, texts, "data.train")
 
 
 def test_an_unreadable_answer_is_found_before_the_start(tmp_path: Path) -> None:

@@ -11,13 +11,16 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from workers.rewards.code import code, read_tests
 from workers.rewards.combined import CombinedReward
 from workers.rewards.expressions import math
 from workers.rewards.numbers import number
-from workers.rewards.texts import multiple_choice
+from workers.rewards.texts import exact_match, multiple_choice
 
-READERS: tuple[Callable[..., float], ...] = (number, math, multiple_choice)
+READERS: tuple[Callable[..., Any], ...] = (number, math, multiple_choice, exact_match, code)
 """Rewards that raise a ValueError for an answer that they can't read."""
+SETUP = ("test_imports", "test_setup_code")
+"""Columns that code puts before a row's assertions."""
 READABLE = re.compile(r"\s*[-+]?\d+(\.\d+)?(/[1-9]\d*)?\s*")
 """Answers that math reads in any case; the others cost a millisecond each."""
 
@@ -57,11 +60,16 @@ def _problem(
     answer = row.get("answer")
     if reward is math and READABLE.fullmatch(str(answer)):
         return ""
-    key = json.dumps([reward.__name__, answer, row.get("choices")], default=repr)
+    further = [row.get(name) for name in ("choices", "entry_point", *SETUP)]
+    key = json.dumps([reward.__name__, answer, further], default=repr)
     if key not in known:
         known[key] = ""
         try:
-            reward(**{**row, "prompt": "", "response": "", "finish_reason": "stop"})
+            if reward is code:  # whose programs run later, in the sandbox
+                imports, setup = (row.get(name) for name in SETUP)
+                read_tests(answer, row.get("entry_point"), [*(imports or ()), setup or ""])
+            else:
+                reward(**{**row, "prompt": "", "response": "", "finish_reason": "stop"})
         except ValueError as error:
             known[key] = f"workers.rewards:{reward.__name__}: {error}"
     return known[key]

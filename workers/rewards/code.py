@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,9 @@ from workers.rewards.sandbox.mode import Sandbox, sandbox_mode
 FUNCTIONAL = ("fn_name", "func_name")
 """Keys by which APPS, TACO and LiveCodeBench have arguments of a function in place of text."""
 LEAST_MEMORY_MB = 64
+CHECK = re.compile(r"^def check\(\w+\)", re.MULTILINE)
+CALLED = re.compile(r"^check\(", re.MULTILINE)
+"""HumanEval's function of assertions, and its call."""
 
 
 def code(
@@ -36,6 +40,9 @@ def code(
     timeout_s: float = 5.0,
     memory_mb: int = 1024,
     partial: bool = False,
+    entry_point: str | None = None,
+    test_setup_code: str | None = None,
+    test_imports: Sequence[str] | None = None,
     **columns: object,
 ) -> dict[str, float]:
     """1.0 if the program in the response passes all of its tests, else 0.0; with partial the
@@ -44,7 +51,9 @@ def code(
     answer: a list of {"input": text on stdin, "output": text on stdout}, {"inputs": [...],
     "outputs": [...]}, a list of assert statements, or Python that asserts; or the JSON text of one
     of them. The program is the last fenced block of Python, or the whole response. timeout_s: seconds of each
-    test by the clock, without those that it waits for a busy processor.
+    test by the clock, without those that it waits for a busy processor. entry_point: the function
+    that HumanEval's check(candidate) is called with; test_setup_code, test_imports: what MBPP's
+    assertions need before them. All three are columns of those data sets.
 
     Programs run in the sandbox; with reward.sandbox=off and allow_unsafe=true as this user, with
     limits that a program can get around. A ValueError for an answer without tests, a RuntimeError
@@ -62,7 +71,7 @@ def code(
             f"workers.rewards:code has timeout_s={timeout_s} and memory_mb={memory_mb}; use more "
             f"than 0 seconds and at least {LEAST_MEMORY_MB} MiB, which Python itself needs"
         )
-    tests = read_tests(answer)
+    tests = read_tests(answer, entry_point, [*(test_imports or ()), test_setup_code or ""])
     program, limits = program_of(response), Limits(timeout_s=timeout_s, memory_mb=memory_mb)
     passed = 0
     for test in tests:
@@ -109,8 +118,10 @@ class Assertions:
         return ended and written.endswith(mark)
 
 
-def read_tests(answer: object) -> list[Dialogue | Assertions]:
-    """The tests of a row; a ValueError where there are none."""
+def read_tests(
+    answer: object, entry_point: str | None = None, setup: Sequence[str] = ()
+) -> list[Dialogue | Assertions]:
+    """The tests of a row, assertions behind their setup; a ValueError where there are none."""
     tests = answer
     if isinstance(answer, str):
         try:
@@ -129,7 +140,17 @@ def read_tests(answer: object) -> list[Dialogue | Assertions]:
         ]
     if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
         raise ValueError(f"answer is {str(answer)[:80]!r}; give tests, at least one")
-    return [read_test(test) for test in tests]
+    before = "\n".join(filter(None, setup))
+    return [read_test(_whole(test, entry_point, before)) for test in tests]
+
+
+def _whole(test: Any, entry_point: str | None, before: str) -> Any:
+    """Assertions with what stands before them, and with the call of check(candidate)."""
+    if not isinstance(test, str) or "assert" not in test:
+        return test
+    if entry_point and CHECK.search(test) and not CALLED.search(test):
+        test = f"{test}\ncheck({entry_point})\n"
+    return f"{before}\n{test}" if before else test
 
 
 def read_test(test: Any) -> Dialogue | Assertions:

@@ -45,8 +45,10 @@ def multiple_choice(
     small one that is all of the response, begins it as "b)" does, or stands in brackets.
     """
     letters = letters_of(choices)
+    if isinstance(answer, float) and answer.is_integer():  # as tables with gaps hold integers
+        answer = int(answer)
     text = str(answer).strip().strip("().").upper()
-    if isinstance(answer, int) or text.isdecimal():
+    if (isinstance(answer, int) and not isinstance(answer, bool)) or text.isdecimal():
         position = int(text)
         if not 0 <= position < len(letters):
             raise ValueError(
@@ -103,9 +105,18 @@ def exact_match(
     **columns: object,
 ) -> float:
     """1.0 if the response is the answer, or one of a list of answers; white space does not
-    count."""
+    count. 18.0 as a number is also 18."""
     answers = answer if isinstance(answer, list | tuple) else [answer]
-    plain = [_normal(str(text), ignore_case, ignore_punctuation) for text in answers]
+    for each in answers:
+        if isinstance(each, dict | list) or each is None:
+            raise ValueError(
+                f"answer is {str(answer)[:60]!r}; give text, a number, or a list of them (of a "
+                "dictionary one entry, as in data.answer_column=answer.aliases)"
+            )
+    if not answers:
+        raise ValueError("answer is an empty list, which no response equals; give one")
+    whole = [int(each) for each in answers if isinstance(each, float) and each.is_integer()]
+    plain = [_normal(str(text), ignore_case, ignore_punctuation) for text in [*answers, *whole]]
     return float(_normal(response, ignore_case, ignore_punctuation) in plain)
 
 
