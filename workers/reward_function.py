@@ -188,9 +188,11 @@ def _checked(
         )
     for name, value in numbers.items():
         number = as_number(value)
-        if number is None or not isinstance(name, str):
+        is_name = isinstance(name, str) and name.isprintable()
+        if number is None or not is_name:
+            shown = name if is_name else repr(name)
             raise ValueError(
-                f"{role}.function={path!r} returned {name}={shortened(value)} on "
+                f"{role}.function={path!r} returned {shown}={shortened(value)} on "
                 f"{_describe(row)}; return finite numbers, at most {LARGEST:.1e}, under names that "
                 "are text"
             )

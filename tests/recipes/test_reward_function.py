@@ -94,6 +94,16 @@ def test_what_is_no_finite_number_stops_the_run(name: str, response: str, messag
         )
 
 
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", 3])
+def test_a_number_of_no_printable_name_stops_the_run(name: Any) -> None:
+    """Metrics are written by it."""
+    with pytest.raises(
+        ValueError, match=r"returned .*=1.0 on prompt .* names that are text"
+    ) as error:
+        score_rows(lambda **columns: {"reward": 0.0, name: 1.0}, [row()])
+    assert str(error.value).isprintable()
+
+
 def test_a_long_response_is_cut_in_the_message() -> None:
     with pytest.raises(ValueError) as caught:
         score_rows(f"{HERE}:nothing", [row("x" * 10_000)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +94,25 @@ def test_the_line_has_a_function_that_calls_it(
         ValueError, match=rf"^reward.parts.old.function has .*{re.escape(written)}$"
     ):
         check_columns(parts, columns, "reward")
+
+
+def test_the_functions_of_the_page() -> None:
+    """docs/coming_from.md: the same scores, also of verl's dictionaries."""
+    page = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {
+        "compute_score": compute_score,
+        "accuracy_reward": of_trl,
+        "reward_func": of_openrlhf,
+    }
+    exec(block, names)
+    scores = {name: score_rows(names[name], [ROW])[0][0] for name in WRITTEN}
+    assert scores == WRITTEN
+    names["compute_score"] = lambda *values: {"score": compute_score(*values), "acc": True}
+    assert score_rows(names["of_verl"], [ROW]) == [(0.5, {})]
+
+
+WRITTEN = {"of_verl": 0.5, "of_trl": 1.0, "of_openrlhf": 28.0}
 
 
 def test_columns_of_the_data_are_nobody_elses() -> None:
