@@ -18,7 +18,7 @@ from controllers.data.config import DataConfig
 from controllers.data.conversation import Answered, Conversation, ConversationTokenizer
 from controllers.data.demonstrations import stored_images
 from controllers.data.image_column import image_columns
-from controllers.data.messages import roots, value_of
+from controllers.data.messages import MISSING, find_value, roots, value_of
 from controllers.data.pair_layouts import Unusable, with_prompt
 from controllers.data.rows import Encode, RowDataset
 from controllers.data.sources import SourceRow
@@ -55,6 +55,13 @@ class PairDataset(RowDataset):
         tokenize = ConversationTokenizer(tokenizer, config, images)
 
         def responses(row: SourceRow) -> list[Conversation]:
+            columns = (config.chosen_column, config.rejected_column)
+            if all(find_value(row.values, column) is MISSING for column in columns):
+                raise ValueError(
+                    f"{row.place}: neither a column {columns[0]!r} nor {columns[1]!r}, it has "
+                    f"{', '.join(map(repr, row.values))}; set data.chosen_column and "
+                    "data.rejected_column, or make pairs of ranked, rated or labelled responses first"
+                )
             row = with_prompt(row, config, chat=tokenize.has_template)
             chosen = value_of(row, config.chosen_column, "data.chosen_column")
             rejected = value_of(row, config.rejected_column, "data.rejected_column")

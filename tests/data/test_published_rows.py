@@ -345,3 +345,20 @@ def test_labels_of_a_csv_are_texts(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="'chosen_safe' is 'yes'; it must be true"):
         load(tmp_path / "a.csv", SafetyPairDataset, CHAT)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "prompt": "q",
+            "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}],
+        },  # Nectar
+        {"prompt": "q", "completion": "a", "label": True},  # KTO
+        {"prompt": "q", "response": "a", "helpfulness": 4},  # HelpSteer
+        {"instruction": "q", "completions": [{"response": "a", "overall_score": 1}]},
+    ],
+)
+def test_responses_that_are_no_pair_yet(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"line 1: neither a column 'chosen' .*or make pairs of"):
+        pair(tmp_path, **row)
