@@ -71,6 +71,7 @@ class PromptTokenizer:
         self.beginning = Beginning(tokenizer)
         self.tools_checked = False
         self.fields_checked: set[str] = {"role", "content", *MARKS}
+        self.roles_checked: set[str] = set()
 
     def __call__(self, rows: Sequence[SourceRow]) -> list[list[int]]:
         return self.tokens(rows, [self.prompt(row) for row in rows])
@@ -221,7 +222,19 @@ class PromptTokenizer:
         self, row: SourceRow, messages: Any, text: str, generation_prompt: bool
     ) -> None:
         """Says so, once for a name, where the template writes the messages as if they had no such
-        entry (reasoning_content, say)."""
+        entry (reasoning_content, say), or leaves out what a role says."""
+        for message in messages:
+            role, content = message["role"], message.get("content")
+            if role in self.roles_checked or not isinstance(content, str) or not content.strip():
+                continue
+            self.roles_checked.add(role)
+            if content.strip() not in text:
+                LOGGER.warning(
+                    "%s: the chat template does not write the content of a message of the role %r as it "
+                    "stands; look at what it writes, or set data.chat_template",
+                    row.place,
+                    role,
+                )
         names = set().union(*messages) - self.fields_checked
         for name in sorted(names):
             self.fields_checked.add(name)

@@ -362,3 +362,23 @@ def test_labels_of_a_csv_are_texts(tmp_path: Path) -> None:
 def test_responses_that_are_no_pair_yet(tmp_path: Path, row: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"line 1: neither a column 'chosen' .*or make pairs of"):
         pair(tmp_path, **row)
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "system"),
+        ("{% for m in messages %}{{ m.role ~ (m.content if loop.first) }}{% endfor %}", "user"),
+    ],
+)
+def test_roles_that_the_template_leaves_out_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str, role: str
+) -> None:
+    rows = [row_of(prompt=[{"role": "system", "content": "be short"}, user(f"{n}?")]) for n in "34"]
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    load(tmp_path / "a.jsonl", tokenizer=CHAT)
+    assert "does not write" not in caplog.text
+    (tmp_path / "own.jinja").write_text(template)
+    load(tmp_path / "a.jsonl", tokenizer=CHAT, chat_template=str(tmp_path / "own.jinja"))
+    assert caplog.text.count("does not write the content of a message") == 1
+    assert f"of the role '{role}' as it stands" in caplog.text
