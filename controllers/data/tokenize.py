@@ -223,7 +223,13 @@ class PromptTokenizer:
     ) -> None:
         """Says so, once for a name, where the template writes the messages as if they had no such
         entry (reasoning_content, say), or leaves out what a role says."""
-        for message in messages:
+        unseen = [
+            message
+            for message in messages
+            if message["role"] not in self.roles_checked
+            or not message.keys() <= self.fields_checked
+        ]
+        for message in unseen:
             role, content = message["role"], message.get("content")
             if role in self.roles_checked or not isinstance(content, str) or not content.strip():
                 continue
@@ -235,7 +241,7 @@ class PromptTokenizer:
                     row.place,
                     role,
                 )
-        names = set().union(*messages) - self.fields_checked
+        names = set().union(*unseen) - self.fields_checked
         for name in sorted(names):
             self.fields_checked.add(name)
             others = [{key: message[key] for key in message if key != name} for message in messages]
