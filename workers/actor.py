@@ -162,6 +162,7 @@ class ActorWorker(ActorTrainingWorker, Actor, StreamingGenerator):
             self._generation_awake = True
         if self.sampler.engine.weight_version != self.weight_version:
             self.sync.run(self.weight_version)
+            give_back(self.context.device)
 
     def to_training(self) -> None:
         """Step 4: gives the memory to the trainer."""

@@ -37,7 +37,9 @@ def staging_bytes(actor: ActorWorker) -> int:
     )
 
 
-def test_memory_for_a_sync_is_given_back_after_it(tmp_path: Path) -> None:
+def test_memory_for_a_sync_is_given_back_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = make_model(tmp_path / "model", layers=1, heads=1, kv_heads=1)
     config = ActorConfig(
         model=ModelConfig(path=str(path)),
@@ -54,7 +56,12 @@ def test_memory_for_a_sync_is_given_back_after_it(tmp_path: Path) -> None:
         prompts = Batch.of(
             prompt_ids=Ragged(torch.tensor([5, 6, 7]), torch.tensor([3])), uid=torch.tensor([0])
         )
+        staged: list[int] = []
+        monkeypatch.setattr(
+            "workers.actor.give_back", lambda device: staged.append(staging_bytes(ACTORS[-1]))
+        )
         answers = handle.generate_sequences(prompts).local(["response_ids"])
+        assert staged[-1:] == [0], "the system gets it back once it is free"
         assert staging_bytes(ACTORS[-1]) == 0
         assert ACTORS[-1].sync.last is not None
         assert ACTORS[-1].sync.last.probe_gap == pytest.approx(0, abs=1e-5)
