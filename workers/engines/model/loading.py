@@ -8,6 +8,7 @@ Quantized checkpoints are left out.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -437,7 +438,7 @@ def _decoder_name(language_model: type[PreTrainedModel], config: PretrainedConfi
     """The attribute that is the decoder, which its class names wrongly in some families (Llama 4)."""
     named = language_model.base_model_prefix
     with torch.device("meta"):
-        model = language_model(config)
+        model = language_model(copy.deepcopy(config))  # it writes its choice of experts' code there
     if hasattr(model, named):
         return named
     return next(name for name, part in model.named_children() if isinstance(part, PreTrainedModel))
