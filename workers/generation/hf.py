@@ -120,6 +120,10 @@ class HfEngine(GenerationEngine):
                 trust_remote_code=model.trust_remote_code,
                 dtype=torch.float32 if config.precision == Precision.fp32 else torch.bfloat16,
             )
+        if getattr(text_config, "attn_logit_softcapping", None) is not None:
+            loaded.set_attn_implementation(
+                "eager"
+            )  # the fused kernel leaves the cap out in silence
         self._model: PreTrainedModel = loaded.to(context.device)
         self._model.eval()
         place_images(self._model)
