@@ -58,7 +58,13 @@ FAMILIES = [
     Family(
         name="Gemma 2",
         model_type="gemma2",
-        settings=WITH_HEAD_DIM | {"sliding_window": WINDOW, "query_pre_attn_scalar": 48},
+        settings=WITH_HEAD_DIM
+        | {
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 48,
+            # Random weights have small scores, which the published cap would leave as they are.
+            "attn_logit_softcapping": 0.1,
+        },
     ),
     Family(
         name="Gemma 3",
