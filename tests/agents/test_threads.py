@@ -89,7 +89,7 @@ def test_the_methods_of_one_environment_run_in_one_thread() -> None:
     until = time.monotonic() + 10
     while num_threads() > before and time.monotonic() < until:
         time.sleep(0.01)
-    assert num_threads() == before
+    assert num_threads() <= before, "one of an earlier test may end meanwhile"
 
 
 def test_what_hangs_holds_no_later_method() -> None:
