@@ -28,20 +28,11 @@ from workers.tokenizer import load_tokenizer
 LOGGER = logging.getLogger(__name__)
 
 SAMPLING = (
-    *(
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
-        "num_beams",
-    ),
-    *("repetition_penalty", "no_repeat_ngram_size", "sequence_bias", "bad_words_ids"),
-    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
-    *("min_length", "min_new_tokens", "max_length", "max_new_tokens"),
-)
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams",
+    "repetition_penalty", "no_repeat_ngram_size", "sequence_bias", "bad_words_ids", "suppress_tokens",
+    "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_length",
+    "min_new_tokens", "max_length", "max_new_tokens",
+)  # fmt: skip
 """Settings of transformers' generation that change what is drawn."""
 ROLES_OF_THE_MODEL = ("actor", "critic", "cost_critic", "reference", "policy", "reward_model")
 """Roles that start from the run's model unless they name their own."""

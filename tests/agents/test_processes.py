@@ -14,11 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.config import ClusterConfig
+from cluster.connect import connect
 from hybridflow import Batch, open_session
+from hybridflow.context import RankContext
 from recipes.preparation import prepare
 from recipes.python_api import make_settings
 from tests.agents.chat import chat_model, chat_settings
 from tests.asynchrony.runs import TRUNCATE, TWO_POOLS, drive
+from workers.agents.config import EpisodeConfig
+from workers.agents.processes import Processes
 
 APART = {"runtime": "ray", "cluster.address": "local", "episode.processes": 2}
 
@@ -101,6 +106,32 @@ def test_processes_need_ray(tmp_path: Path) -> None:
     settings = chat_settings(tmp_path) | {"episode.processes": 2}
     with pytest.raises(ValueError, match=r"episode\.processes=2 with runtime=local"):
         prepare(make_settings("grpo", settings, None, None, None, sound(tmp_path / "log")))
+
+
+class EndsElsewhere:
+    """An environment that ends every other process that is sent it."""
+
+    def __reduce__(self) -> Any:
+        return exit_elsewhere, (os.getpid(),)
+
+    async def __call__(self, model: Any, task: dict[str, Any]) -> float:
+        return 0.0
+
+
+def exit_elsewhere(process: int) -> EndsElsewhere:
+    if os.getpid() != process:
+        os._exit(1)
+    return EndsElsewhere()
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_start() -> None:
+    """One line, and no process is left."""
+    with connect(ClusterConfig(address="local"), cpu_slots=2):
+        models: Any = None  # nothing is drawn
+        context = RankContext(in_ray=True)
+        with pytest.raises(ValueError, match=r"episode\.processes=2: one of them ended while"):
+            Processes(2, context, EndsElsewhere(), EpisodeConfig(), models)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import os
 import sqlite3
 import sys
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -61,10 +60,6 @@ class Queries(Table):
         return len(self.database.execute("select value from numbers").fetchall())
 
 
-def num_threads() -> int:
-    return sum(thread.name == "environment" for thread in threading.enumerate())
-
-
 def played(kind: type, replies: list[str]) -> tuple[Any, Table]:
     task: dict[str, Any] = {"environments": []}
     model = conversation(saying(replies), reply_tokens=200)
@@ -75,7 +70,6 @@ def played(kind: type, replies: list[str]) -> tuple[Any, Table]:
 
 def test_the_methods_of_one_environment_run_in_one_thread() -> None:
     """Which ends with the episode."""
-    before = num_threads()
     outcome, asks = played(Asks, ["a", "b"])
     assert outcome.turn_rewards == [3.0, 3.0]
     call = '<tool_call>{"name": "query", "arguments": {"statement": "select 1"}}</tool_call>'
@@ -85,11 +79,11 @@ def test_the_methods_of_one_environment_run_in_one_thread() -> None:
         assert len(environment.threads) >= 4
         (thread,) = set(environment.threads)
         assert thread != threading.get_ident()
-    gc.collect()
-    until = time.monotonic() + 10
-    while num_threads() > before and time.monotonic() < until:
-        time.sleep(0.01)
-    assert num_threads() <= before, "one of an earlier test may end meanwhile"
+        gc.collect()
+        for each in threading.enumerate():
+            if each.ident == thread:
+                each.join(10)
+                assert not each.is_alive()
 
 
 def test_what_hangs_holds_no_later_method() -> None:

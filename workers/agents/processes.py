@@ -192,19 +192,10 @@ class Processes:
         ]
         self.actors: list[Any] = [start() for start in self._starts]
         try:
-            self.pids: list[int] = ray.get(
-                [actor.ready.remote() for actor in self.actors], timeout=START_S
-            )
-        except ray.exceptions.GetTimeoutError:
+            ray.get([actor.ready.remote() for actor in self.actors], timeout=START_S)
+        except ray.exceptions.RayError as error:
             self.close()
-            free = ray.available_resources().get("CPU", 0.0)
-            raise ValueError(
-                f"episode.processes={number}: they did not start within {START_S:.0f} s on a "
-                f"processor each; free in the cluster: {free:g}; use fewer, or add nodes"
-            ) from None
-        except ray.exceptions.RayTaskError as error:
-            self.close()
-            raise error.cause from None
+            raise _not_started(error, number) from None
 
     def replace(self, place: int) -> None:
         """Ends the process, and starts another one in its place."""
@@ -281,10 +272,7 @@ class EpisodesInProcesses(LiveEpisodes):
         ends = [actor.end.remote(self._session) for actor in actors]
         _, late = ray.wait(ends, num_returns=len(ends), timeout=END_S)
         for place, end in enumerate(ends):
-            try:
-                assert end not in late
-                ray.get(end)
-            except (AssertionError, ray.exceptions.RayActorError):
+            if end in late or not _has_ended(end):
                 self._processes.replace(place)
 
     def _deal(self, starts: Mapping[int, Start]) -> None:
@@ -366,6 +354,35 @@ class EpisodesInProcesses(LiveEpisodes):
                 else:
                     again[row] = replace(start, failures=failures)
             self._deal(again)
+
+
+def _not_started(error: Exception, number: int) -> Exception:
+    """The error of a process that does not start, in a line."""
+    import ray
+
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return error.cause
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        free = ray.available_resources().get("CPU", 0.0)
+        return ValueError(
+            f"episode.processes={number}: they did not start within {START_S:.0f} s on a processor "
+            f"each; free in the cluster: {free:g}; use fewer, or add nodes"
+        )
+    return ValueError(
+        f"episode.processes={number}: one of them ended while it imported the environment; its log "
+        "(cluster.worker_logs=true) may say why"
+    )
+
+
+def _has_ended(end: Any) -> bool:
+    """Whether the call that ended a session came to its end; False where its process died."""
+    import ray
+
+    try:
+        ray.get(end)
+    except ray.exceptions.RayActorError:
+        return False
+    return True
 
 
 def _reason(error: Exception, limit_s: float) -> str:

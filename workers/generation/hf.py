@@ -121,9 +121,8 @@ class HfEngine(GenerationEngine):
                 dtype=torch.float32 if config.precision == Precision.fp32 else torch.bfloat16,
             )
         if getattr(text_config, "attn_logit_softcapping", None) is not None:
-            loaded.set_attn_implementation(
-                "eager"
-            )  # the fused kernel leaves the cap out in silence
+            # The fused kernel leaves the cap out in silence.
+            loaded.set_attn_implementation("eager")
         self._model: PreTrainedModel = loaded.to(context.device)
         self._model.eval()
         place_images(self._model)
