@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from transformers import (
 
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
+from hybridflow.resharding import ParameterSpec
 from workers.config import ModelConfig, Precision
 from workers.engines.base import Head
 from workers.engines.model.loading import language_model_class, position_limit, stored_buffers
@@ -44,6 +45,7 @@ from workers.generation.sampling import (
     load_model_config,
     stop_token_ids,
 )
+from workers.generation.weight_destination import OwnWeights, WeightDestination
 from workers.hub import local_directory
 from workers.images import family_of
 from workers.images.families import published_config
@@ -238,23 +240,51 @@ class HfEngine(GenerationEngine):
         version: int,
         in_flight: InFlight = InFlight.recompute,
     ) -> None:
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        parameters |= stored_buffers(self._model)
-        # Tied names count once.
-        missing = {id(parameter): name for name, parameter in parameters.items()}
+        parameters, names = self._weights(), []
         for name, tensor in weights:
-            if name not in parameters:
-                raise ValueError(
-                    f"load_weights: {name} is no parameter of the model; pass checkpoint names"
-                )
+            self._check_name(name, parameters)
             parameters[name].copy_(tensor)
-            missing.pop(id(parameters[name]), None)
+            names.append(name)
+        self._check_complete(names, parameters)
+        self.weights_written(version, in_flight)
+
+    def weight_destination(
+        self,
+        parameters: Sequence[ParameterSpec],
+        dtype: torch.dtype,
+        device: str,
+        in_flight: InFlight = InFlight.recompute,
+    ) -> WeightDestination:
+        """The engine's own weights; their data type and device are those that it was built with."""
+        del dtype, device
+        weights, names = self._weights(), [parameter.name for parameter in parameters]
+        for name in names:
+            self._check_name(name, weights)
+        self._check_complete(names, weights)
+        return OwnWeights(self, {name: weights[name] for name in names}, in_flight)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The model's, tied ones under each of their names."""
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        return parameters | stored_buffers(self._model)
+
+    @staticmethod
+    def _check_name(name: str, weights: Mapping[str, Tensor]) -> None:
+        if name not in weights:
+            raise ValueError(
+                f"load_weights: {name} is no parameter of the model; pass checkpoint names"
+            )
+
+    @staticmethod
+    def _check_complete(names: Iterable[str], weights: Mapping[str, Tensor]) -> None:
+        """ValueError if a weight is missing; one of the names of a tied one suffices."""
+        written = {id(weights[name]) for name in names}
+        missing = [name for name, weight in weights.items() if id(weight) not in written]
         if missing:
             raise ValueError(
-                f"load_weights: {', '.join(sorted(missing.values()))} not given; pass every "
-                "parameter of the model"
+                f"load_weights: {', '.join(sorted(missing))} not given; pass every parameter of the "
+                "model"
             )
-        self.weights_written(version, in_flight)
 
     def weights_written(self, version: int, in_flight: InFlight = InFlight.recompute) -> None:
         if in_flight is InFlight.drain:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hybridflow.resharding import Box, LocalParameter, LocalShard, ParameterSpec
 from workers.generation.config import InFlight
@@ -97,3 +98,38 @@ class FullWeights(WeightDestination):
         for parameter in self.parameters:
             tensor = parameter.shards[0].tensor
             tensor.untyped_storage().resize_(tensor.nbytes)
+
+
+class OwnWeights(WeightDestination):
+    """For an engine that computes with full tensors under checkpoint names: a sync writes them where
+    they are, and the model is there once. Until commit the engine has no version."""
+
+    def __init__(
+        self,
+        engine: GenerationEngine,
+        weights: Mapping[str, Tensor],
+        in_flight: InFlight = InFlight.recompute,
+    ) -> None:
+        """`weights`: the engine's, every one of which a sync brings."""
+        self.engine, self.in_flight = engine, in_flight
+        self.parameters = []
+        for name, weight in weights.items():
+            tensor, shape = weight.detach(), tuple(weight.shape)
+            shard = LocalShard(Box((0,) * len(shape), shape), tensor)
+            self.parameters.append(LocalParameter(name, shape, tensor.dtype, (shard,)))
+
+    def destinations(self) -> list[LocalParameter]:
+        return self.parameters
+
+    def share(self, sources: Sequence[LocalParameter]) -> None:
+        """The engine's memory is its own."""
+
+    def commit(self, version: int) -> None:
+        self.engine.weights_written(version, self.in_flight)
+
+    def release(self) -> int:
+        return 0
+
+    def restore(self) -> None:
+        # A sync that ends half-way leaves weights of two versions.
+        self.engine.weight_version = -1
