@@ -24,27 +24,16 @@ from hybridflow.layout import AXES, Layout
 from hybridflow.registry import Registry
 from recipes.config import NO_MODEL, RunConfig
 from recipes.engine_facts import ask_engine
-from recipes.image_layouts import check_image_layout
+from recipes.roles import GENERATOR, section_of
 from recipes.untrained import check_untrained
-from workers.adapter_sync import sends_adapter
 from workers.agents.config import EpisodeActorConfig, EpisodeScorerConfig
 from workers.config import (
     ContextExchange,
     LearningRateSchedule,
     LoraConfig,
-    ModelConfig,
     TrainConfig,
 )
 from workers.engines import ENGINES, engine_class
-from workers.engines.base import Head
-from workers.engines.model.loading import (
-    check_packing,
-    check_whole_numbers,
-    model_config,
-    position_limit,
-)
-from workers.engines.model.lora import check_adapter, check_scores
-from workers.engines.model.routers import check_replays
 from workers.engines.shared.optimizer import check_optimizer_config
 from workers.generation import ENGINES as GENERATION_ENGINES
 from workers.generation import generation_engine_class
@@ -69,7 +58,6 @@ from workers.role_config import (
     ReferenceConfig,
     RewardConfig,
     RouterReplay,
-    VerdictKind,
 )
 
 RoleConfig = (
@@ -85,6 +73,7 @@ RoleConfig = (
 
 def check_settings(role: str, config: RoleConfig) -> None:
     """Names and values of one role; reads no file, save the reward function's module."""
+    trains, role = role != GENERATOR, section_of(role)
     if isinstance(config, RewardConfig) and config.function is not None:
         resolve(config.function, role)
         return
@@ -96,7 +85,7 @@ def check_settings(role: str, config: RoleConfig) -> None:
             f"{role}.model.path is not set; give the directory or hub name of its model"
         )
     check_train(f"{role}.train", config.train)
-    if config.train.packing and config.model.attention in ("eager", "flex_attention"):
+    if trains and config.train.packing and config.model.attention in ("eager", "flex_attention"):
         raise ValueError(
             f"{role}.model.attention is {config.model.attention!r}, which would need a mask over "
             f"whole packed rows; set {role}.model.attention=auto or {role}.train.packing=false"
@@ -116,7 +105,7 @@ def check_settings(role: str, config: RoleConfig) -> None:
     if isinstance(config, ActorConfig):
         check_adapter_sync(role, config)
         check_router_replay(role, config)
-    if role == "generator" and config.train.lora.enabled:
+    if not trains and config.train.lora.enabled:
         raise ValueError(
             "actor.train.lora is set, but a recipe that only generates takes whole models; merge the "
             "adapter (python -m recipes.merge) and set model.path to the result"
@@ -409,58 +398,6 @@ def check_generation_memory(pool: str, fractions: Mapping[str, float]) -> None:
         )
 
 
-def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> None:
-    """Loads the model's configuration (not its weights) and holds the layouts against it."""
-    if isinstance(config, RewardConfig) and config.function is not None:
-        return
-    if isinstance(config, EpisodeScorerConfig) and config.model is None:
-        return
-    assert config.model is not None, "is_function() saw to it"
-    try:
-        if not (isinstance(config, JudgeConfig) and config.verdict is VerdictKind.written):
-            _check_train_layout(config.model, config.train, head, num_devices)
-        if isinstance(config, RewardConfig) and config.model.new_head:
-            check_scores(config.train.lora)
-        if isinstance(config, ActorConfig):
-            sends_adapter(config)
-            if config.router_replay is not RouterReplay.off:
-                published = model_config(config.model, head)
-                check_replays(published, f"router_replay is {config.router_replay.value}")
-        if isinstance(config, ActorConfig) or (
-            isinstance(config, JudgeConfig) and config.verdict is VerdictKind.written
-        ):
-            _check_generation_sizes(role, config.model, config.generation)
-    except ValueError as error:
-        raise ValueError(f"{role}: {error}") from None
-
-
-def _check_train_layout(
-    model: ModelConfig, train: TrainConfig, head: Head, num_devices: int
-) -> None:
-    published = model_config(model, head)
-    check_whole_numbers(model, published)
-    check_image_layout(published, train, model.attention)
-    check = engine_class(train.engine).check
-    ask_engine(train.engine, "check", check, published, train, head, num_devices)
-    if train.packing:
-        check_packing(model, head, train.cp)
-    if train.lora.enabled:
-        check_adapter(model, train.lora, head)
-
-
-def _check_generation_sizes(role: str, model: ModelConfig, config: GenerationConfig) -> None:
-    engine, published = generation_engine_class(config.engine), model_config(model, Head.lm)
-    if role == "actor":
-        ask_engine(config.engine, "check_sync", engine.check_sync, published)
-    ask_engine(config.engine, "check_model", engine.check_model, published, config)
-    (limit, source), needed = most_tokens(model, config, role), config.sampling.max_response_tokens
-    if needed >= limit:
-        raise ValueError(
-            f"generation.sampling.max_response_tokens is {needed}, which leaves no room for a "
-            f"prompt in {limit} tokens ({source}); lower it"
-        )
-
-
 def check_output(directory: str) -> None:
     """Whether output_dir can be made."""
     if not directory.strip():
@@ -481,13 +418,6 @@ def check_output(directory: str) -> None:
             f"output_dir is {directory!r}, but no directory can be made in {existing} "
             f"({error.strerror}); choose another directory"
         ) from error
-
-
-def most_tokens(model: ModelConfig, config: GenerationConfig, role: str) -> tuple[int, str]:
-    """Tokens that prompt and response may have together, and who says so."""
-    if config.max_model_len:
-        return config.max_model_len, f"{role}.generation.max_model_len"
-    return position_limit(model, Head.lm), "the limit of the model"
 
 
 def check_resume(resume: str) -> None:

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from controllers import algorithm_entry
 from controllers.data import PromptDataset, RowDataset, load_tokenizer
-from recipes.checks import most_tokens
 from recipes.config import RunConfig
+from recipes.model_checks import most_tokens
 from recipes.roles import SCORERS, Role, role_kind, role_names
 from workers.config import ModelConfig
 from workers.engines.base import Head

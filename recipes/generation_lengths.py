@@ -13,8 +13,8 @@ from dataclasses import replace
 from controllers.data import PromptDataset, RowDataset
 from hybridflow.layout import Layout
 from hybridflow.mapping.question.model import ModelSpec
-from recipes.checks import most_tokens
 from recipes.config import Device, RunConfig
+from recipes.model_checks import most_tokens
 from recipes.placing import Placement
 from workers.config import Precision
 from workers.engines.base import Head

@@ -29,7 +29,7 @@ def check_images(
         if not reads_text and role.config.model is not None:
             _check(role)
             if role.config.model.path != policy.path:
-                _check_rules(role.name, role.config.model, policy)
+                _check_rules(role.section, role.config.model, policy)
 
 
 def _check(role: Role) -> None:
@@ -39,7 +39,7 @@ def _check(role: Role) -> None:
     family, kind = family_of(published), published.model_type
     if family is None:
         raise ValueError(
-            f"{role.name}.model.path is {model.path!r}, whose family ({kind}) is given text alone, and the "
+            f"{role.section}.model.path is {model.path!r}, whose family ({kind}) is given text alone, and the "
             f"data has images; use a model of one of {', '.join(FAMILIES)}"
         )
     if isinstance(role.config, ActorConfig):
@@ -49,7 +49,7 @@ def _check(role: Role) -> None:
             return
         if builtin or not generation_engine_class(engine).sees_images:
             raise ValueError(
-                f"{role.name}.generation.engine is {engine!r}, which is given no images of a model like "
+                f"{role.section}.generation.engine is {engine!r}, which is given no images of a model like "
                 f"{model.path!r}, and the data has some; use {' or '.join(family.generators)}"
             )
 

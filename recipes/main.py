@@ -34,7 +34,7 @@ from recipes.interruption import what_is_kept
 from recipes.notice import keep_what_memory_holds
 from recipes.override_values import quote_values
 from recipes.overrides import join_tables, nearest_name
-from recipes.roles import ROLES, role_names
+from recipes.roles import ROLES, role_names, section_of
 from recipes.run import run as train
 from recipes.settings_page import settings_page
 from recipes.usage import usage
@@ -140,9 +140,7 @@ def show_under_hydra(recipe: RecipeFile, arguments: Sequence[str]) -> None:
 
 def unused_settings(arguments: Sequence[str], config: RunConfig) -> Iterator[str]:
     """In words: settings of a model that the recipe does not have."""
-    used = set(role_names(config))
-    if "generator" in used:  # its settings are the actor's
-        used = used - {"generator"} | {"actor"}
+    used = set(map(section_of, role_names(config)))
     models = ", ".join(sorted(used))
     for argument in arguments:
         role = argument.partition(".")[0]

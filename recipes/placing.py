@@ -21,11 +21,11 @@ from recipes.checks import (
     check_algorithm,
     check_generation_groups,
     check_generation_memory,
-    check_model,
     check_settings,
 )
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
-from recipes.roles import GENERATION, Role, role_kind, role_names
+from recipes.model_checks import check_model
+from recipes.roles import GENERATION, Role, role_kind, role_names, section_of
 from workers.config import ModelConfig
 from workers.engines.model import fit
 from workers.engines.model.loading import check_weights
@@ -152,10 +152,10 @@ def check_models(placement: Placement) -> None:
         if role.config.model is not None:
             model, adapter = role.config.model, role.config.train.lora.adapter
             is_policy = model.path == placement.config.model.path
-            setting = "model.path" if is_policy else f"{role.name}.model.path"
+            setting = "model.path" if is_policy else f"{role.section}.model.path"
             check_weight_files(model.path, setting, local_directory(model.path, model.revision))
             if adapter:
-                check_weight_files(adapter, f"{role.name}.train.lora.adapter")
+                check_weight_files(adapter, f"{role.section}.train.lora.adapter")
         if role.name != GENERATION:  # the model is the actor's, and checked with it
             check_model(
                 role.name, role.config, role_kind(role.name).head, placement.pool_sizes[role.pool]
@@ -171,7 +171,7 @@ def without_weights(placement: Placement) -> list[str]:
         if role.name != GENERATION and role.config.model is not None:
             line = fit.without_weights(role.config.model)
             if line:
-                lines.append(f"{role.name}: {line}")
+                lines.append(f"{role.section}: {line}")
     return lines
 
 
@@ -179,7 +179,7 @@ def _check_weights(role: str, model: ModelConfig) -> None:
     try:
         check_weights(model, role_kind(role).head)
     except ValueError as error:
-        raise ValueError(f"{role}: {error}") from None
+        raise ValueError(f"{section_of(role)}: {error}") from None
 
 
 def placeholder_roles(placement: Placement, placed: Container[str]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Preparation:
         for role in self.placement.roles:
             if role.config.model is not None:
                 for name in self.precisions:
-                    if name.startswith(f"{role.name}."):
+                    if name.startswith(f"{role.section}."):
                         precision = precision_of(self.config, name)
                         return explain(precision, self.config.device.value)
         return ""

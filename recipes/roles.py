@@ -45,6 +45,9 @@ from workers.role_config import (
 )
 from workers.split_actor import GenerationWorker
 
+GENERATOR = "generator"
+"""The role of a recipe that only generates."""
+
 
 class NoReference:
     """Stands for a reference that no coefficient asks for: its column is simply not there."""
@@ -148,6 +151,11 @@ class Role:
     config: Any
     pool: str
 
+    @property
+    def section(self) -> str:
+        """Where its settings stand."""
+        return section_of(self.name)
+
 
 ROLES: dict[str, RoleKind] = {
     "actor": RoleKind(
@@ -179,7 +187,7 @@ ROLES: dict[str, RoleKind] = {
         worker=judge_worker,
         head=Head.lm,
     ),
-    "generator": RoleKind(
+    GENERATOR: RoleKind(
         settings=actor_settings,
         worker=generating(GeneratorWorker, EpisodeGeneratorWorker),
         head=Head.lm,
@@ -283,6 +291,11 @@ def register_role(name: str, kind: RoleKind) -> None:
 def places_of(kind: RoleKind) -> list[tuple[str, str]]:
     """Where its functions are defined: the same for a cell that is run again."""
     return [(call.__module__, call.__qualname__) for call in (kind.settings, kind.worker)]
+
+
+def section_of(name: str) -> str:
+    """Where the settings of the role `name` stand: a generator's are the actor's."""
+    return "actor" if name == GENERATOR else name
 
 
 def role_kind(name: str) -> RoleKind:

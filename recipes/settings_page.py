@@ -22,7 +22,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from controllers import QUESTIONS, AlgorithmEntry, algorithm_entry
 from recipes.composing import RecipeFile, compose
 from recipes.overrides import near_names
-from recipes.roles import ROLES
+from recipes.roles import ROLES, section_of
 
 WIDTH = 110
 FROZEN = ("reference", "teacher", "judge", "reward", "gold", "cost")
@@ -128,9 +128,7 @@ def no_such_settings(
 def used_roles(entry: AlgorithmEntry) -> list[str]:
     """The fields of RunConfig that hold settings of the recipe's models, validation's rewards
     included."""
-    names = []
-    for name in entry.roles:  # a generator has the actor's settings
-        names.append("actor" if name == "generator" else name)
+    names = [section_of(name) for name in entry.roles]
     if entry.answers_prompts and entry not in QUESTIONS.values():
         names += ["reward", "gold"]
     return list(dict.fromkeys(names))

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from hybridflow.context import RankContext
 from hybridflow.local_pool import LocalPool
-from recipes.checks import check_model, check_settings, check_train
+from recipes.checks import check_settings, check_train
 from recipes.composing import RecipeFile, compose, to_settings
 from recipes.merge import merge
+from recipes.model_checks import check_model
 from recipes.placing import place
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences, save_tiny_model
 from tests.experts.plain import save_tiny_mixture

@@ -8,9 +8,12 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
+from pyarrow import parquet
+from transformers import AutoTokenizer, CodeGenConfig, CodeGenForCausalLM
 
 from recipes.python_api import dry_run, evaluate, generate, run
-from tests.tiny import make_data, tiny_grpo
+from tests.tiny import EOS, PAD, VOCAB, make_data, tiny_grpo
 
 KEPT = ("runtime", "model.path", "actor.generation.engine", "actor.generation.precision")
 
@@ -70,3 +73,30 @@ def test_what_fails_only_at_the_end_is_told_before(
     assert "evaluation.json" in caplog.text and "replaced once all prompts are" in caplog.text
     asked["data.train"] = asked.pop("data.validation")
     assert generate(asked).name == "responses.parquet"
+
+
+def test_a_model_that_is_only_asked_needs_no_training_settings(tmp_path: Path) -> None:
+    """CodeGen can't be packed, which nothing does that only answers."""
+    settings = tiny_grpo(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(settings["model.path"])
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64}
+    model = CodeGenForCausalLM(
+        CodeGenConfig(vocab_size=VOCAB, eos_token_id=EOS, bos_token_id=EOS, pad_token_id=PAD, **shape)
+    ).eval()
+    model.save_pretrained(tmp_path / "codegen")
+    tokenizer.save_pretrained(tmp_path / "codegen")
+    asked = question(settings, tmp_path) | {
+        "model.path": tmp_path / "codegen",
+        "actor.generation.sampling.greedy": True,
+        "actor.generation.sampling.ignore_eos": True,
+        "actor.train.packing": True,
+        "actor.model.attention": "eager",
+    }
+    asked |= {"data.train": asked.pop("data.validation")}
+    with pytest.raises(ValueError, match=r"^actor: generation.sampling.max_response_tokens is 64"):
+        dry_run("generate", asked | {"actor.generation.sampling.max_response_tokens": 64})
+    for row in parquet.read_table(generate(asked)).to_pylist():
+        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+        for _ in range(5):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        assert row["response"] == tokenizer.decode(ids[0, -5:], skip_special_tokens=True)

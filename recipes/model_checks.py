@@ -1,0 +1,89 @@
+"""Whether a model's published configuration fits the layouts and engines of its role; no weights are
+read."""
+
+from __future__ import annotations
+
+from recipes.checks import RoleConfig
+from recipes.engine_facts import ask_engine
+from recipes.image_layouts import check_image_layout
+from recipes.roles import GENERATOR, section_of
+from workers.adapter_sync import sends_adapter
+from workers.agents.config import EpisodeScorerConfig
+from workers.config import ModelConfig, TrainConfig
+from workers.engines import engine_class
+from workers.engines.base import Head
+from workers.engines.model.loading import (
+    check_packing,
+    check_whole_numbers,
+    model_config,
+    position_limit,
+)
+from workers.engines.model.lora import check_adapter, check_scores
+from workers.engines.model.routers import check_replays
+from workers.generation import generation_engine_class
+from workers.generation.config import GenerationConfig
+from workers.role_config import ActorConfig, JudgeConfig, RewardConfig, RouterReplay, VerdictKind
+
+
+def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> None:
+    """Loads the model's configuration (not its weights) and holds the layouts against it."""
+    if isinstance(config, RewardConfig) and config.function is not None:
+        return
+    if isinstance(config, EpisodeScorerConfig) and config.model is None:
+        return
+    assert config.model is not None, "is_function() saw to it"
+    writes = isinstance(config, JudgeConfig) and config.verdict is VerdictKind.written
+    only_generates = role == GENERATOR or writes
+    role = section_of(role)
+    try:
+        if not only_generates:
+            _check_train_layout(config.model, config.train, head, num_devices)
+        if isinstance(config, RewardConfig) and config.model.new_head:
+            check_scores(config.train.lora)
+        if isinstance(config, ActorConfig):
+            sends_adapter(config)
+            if config.router_replay is not RouterReplay.off:
+                published = model_config(config.model, head)
+                check_replays(published, f"router_replay is {config.router_replay.value}")
+        if isinstance(config, ActorConfig) or (isinstance(config, JudgeConfig) and writes):
+            synced = not only_generates
+            _check_generation_sizes(role, config.model, config.generation, synced=synced)
+    except ValueError as error:
+        raise ValueError(f"{role}: {error}") from None
+
+
+def _check_train_layout(
+    model: ModelConfig, train: TrainConfig, head: Head, num_devices: int
+) -> None:
+    published = model_config(model, head)
+    check_whole_numbers(model, published)
+    check_image_layout(published, train, model.attention)
+    check = engine_class(train.engine).check
+    ask_engine(train.engine, "check", check, published, train, head, num_devices)
+    if train.packing:
+        check_packing(model, head, train.cp)
+    if train.lora.enabled:
+        check_adapter(model, train.lora, head)
+
+
+def _check_generation_sizes(
+    role: str, model: ModelConfig, config: GenerationConfig, *, synced: bool
+) -> None:
+    """`synced`: the engine gets its weights from a trainer."""
+    engine, published = generation_engine_class(config.engine), model_config(model, Head.lm)
+    if synced:
+        ask_engine(config.engine, "check_sync", engine.check_sync, published)
+    ask_engine(config.engine, "check_model", engine.check_model, published, config)
+    (limit, source), needed = most_tokens(model, config, role), config.sampling.max_response_tokens
+    if needed >= limit:
+        raise ValueError(
+            f"generation.sampling.max_response_tokens is {needed}, which leaves no room for a "
+            f"prompt in {limit} tokens ({source}); lower it"
+        )
+
+
+def most_tokens(model: ModelConfig, config: GenerationConfig, role: str) -> tuple[int, str]:
+    """Tokens that prompt and response may have together, and who says so."""
+    if config.max_model_len:
+        return config.max_model_len, f"{role}.generation.max_model_len"
+    return position_limit(model, Head.lm), "the limit of the model"
