@@ -14,15 +14,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
-from hybridflow.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    CheckpointStore,
-    load_metadata,
-    read_checkpoint,
-)
+from hybridflow.checkpoint import Checkpoint, CheckpointStore, load_metadata, read_checkpoint
 from hybridflow.disk import ROOM
 from hybridflow.group import each, start
+from hybridflow.manifest import MANIFEST
 from hybridflow.results import Results
 from hybridflow.snapshots.files import Written
 from hybridflow.snapshots.flush import Flushed

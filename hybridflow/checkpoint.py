@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,14 +29,24 @@ from pathlib import Path
 from typing import Any
 
 from hybridflow.disk import DISK, Disk
+from hybridflow.manifest import (
+    FIX,
+    FORMAT,
+    MANIFEST,
+    DamagedManifest,
+    check_json,
+    read_manifest,
+    with_checksum,
+)
 from hybridflow.recovery.attempts import Attempt
 
 LOGGER = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
+NAME = re.compile(r"step-\d+(-\d+)?")
+"""Names of checkpoints."""
 DRAFT = ".draft-"
 """How the name of a directory begins that is being added."""
-FORMAT = 2
-"""Version of the manifest's fields and of the trained roles' files."""
+_SAID: set[str] = set()
+"""Lines on damaged checkpoints that the log has: every look at a run finds these again."""
 
 
 class Best(StrEnum):
@@ -139,7 +150,7 @@ class CheckpointStore:
 
     def _remove_leftovers(self, but: Path | None = None) -> None:
         for kind in ("saving", "adding", "deleting"):
-            for leftover in self.directory.glob(f".{kind}-*"):
+            for leftover in self.directory.glob(f".{kind}-*/"):
                 if _attempt_of(leftover.name) <= self._number and leftover != but:
                     self._disk.remove(leftover)
 
@@ -167,7 +178,7 @@ class CheckpointStore:
             raise ValueError(
                 f"checkpoint: commit({step}) without begin({step}); {saving} does not exist"
             )
-        _check_json(metadata)
+        check_json(metadata)
         if sequence is None:
             sequence = max((checkpoint.sequence for checkpoint in self._scan()), default=0) + 1
         digests = dict(synced or {})
@@ -191,7 +202,7 @@ class CheckpointStore:
             "metadata": metadata,
         }
         path = self._free_name(step)
-        self._disk.write_synced(saving / MANIFEST, json.dumps(manifest, indent=1))
+        self._disk.write_synced(saving / MANIFEST, json.dumps(with_checksum(manifest), indent=1))
         self._disk.write_synced(self.directory / ".latest", path.name + "\n")
         self._check_fence()
         if adding.is_dir():
@@ -286,16 +297,24 @@ class CheckpointStore:
         return [checkpoint for *_, checkpoint in ranked]
 
     def _scan(self) -> list[Checkpoint]:
-        """Every directory with a readable manifest, oldest first."""
+        """Every directory with a readable manifest, oldest first. The log says once of each other
+        one what is wrong with it."""
         checkpoints = []
-        for path in self.directory.glob("step-*"):
+        for path in self._named():
             try:
                 checkpoints.append(read_checkpoint(path))
             except FileNotFoundError:
-                continue  # no checkpoint, or the saving process deleted it meanwhile
+                if path.is_dir():  # otherwise the saving process deleted it meanwhile
+                    _say(f"checkpoint {path}: no {MANIFEST}; {FIX}")
             except DamagedManifest as error:
-                LOGGER.warning("%s", error)
+                _say(str(error))
         return sorted(checkpoints, key=lambda checkpoint: checkpoint.sequence)
+
+    def _named(self) -> list[Path]:
+        """The directories with names of checkpoints. Archives and copies that people make beside them
+        are theirs."""
+        paths = self.directory.glob("step-*/")
+        return [path for path in paths if NAME.fullmatch(path.name)]
 
     def set_aside(self, path: Path) -> None:
         """Renames a checkpoint that could not be read, so that nothing reads it again; people may."""
@@ -310,7 +329,7 @@ class CheckpointStore:
     def damaged(self) -> list[Path]:
         """Checkpoints that were set aside, and those whose manifest is missing or damaged."""
         readable = {checkpoint.path for checkpoint in self._scan()}
-        paths = [*self.directory.glob("step-*"), *self.directory.glob("damaged-*")]
+        paths = [*self._named(), *self.directory.glob("damaged-*/")]
         return [path for path in paths if path not in readable]
 
     def would_be_best(self, metrics: Mapping[str, float]) -> bool:
@@ -360,6 +379,12 @@ class CheckpointStore:
         return path
 
 
+def _say(line: str) -> None:
+    if line not in _SAID:
+        _SAID.add(line)
+        LOGGER.warning("%s", line)
+
+
 def _files(directory: Path) -> list[str]:
     """All files below, by relative name."""
     names = []
@@ -383,53 +408,27 @@ def load_metadata(path: Path, disk: Disk = DISK) -> dict[str, Any]:
     if missing:
         raise ValueError(
             f"checkpoint {path}: {missing[0]} is missing ({len(missing)} of {len(files)} files); "
-            f"{_FIX}"
+            f"{FIX}"
         )
     for name, expected in files.items():
         size = (path / name).stat().st_size
         if size != expected["bytes"]:
             raise ValueError(
-                f"checkpoint {path}: {name} has {size} bytes instead of {expected['bytes']}; {_FIX}"
+                f"checkpoint {path}: {name} has {size} bytes instead of {expected['bytes']}; {FIX}"
             )
     for name, digest in disk.digests(path, list(files), sync=False).items():
         if digest != files[name]:
             raise ValueError(
-                f"checkpoint {path}: {name} is corrupt, its digest differs from the manifest; "
-                f"{_FIX}"
+                f"checkpoint {path}: {name} is corrupt, its digest differs from the manifest; {FIX}"
             )
     metadata: dict[str, Any] = manifest["metadata"]
     return metadata
-
-
-_FIX = "remove this directory to go on from the checkpoint before it"
-
-
-class DamagedManifest(ValueError):
-    """A manifest that is not what was written."""
 
 
 def _attempt_of(name: str) -> int:
     """The attempt that a directory .saving-2-step-00000030 belongs to; 0 where it says none."""
     _, number, *_ = name.split("-")
     return int(number) if number.isdigit() else 0
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Everything that a checkpoint says of itself. A FileNotFoundError without it, a DamagedManifest for one
-    that is not what was written, a ValueError for that of another version."""
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-        number = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedManifest(
-            f"checkpoint {path}: {MANIFEST} is corrupt ({error}); {_FIX}"
-        ) from error
-    if number != FORMAT:
-        raise ValueError(
-            f"checkpoint {path}: format {number}, this version reads {FORMAT}; go on with the "
-            "version that wrote it, or start a new run from its huggingface directory"
-        )
-    return manifest
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -440,16 +439,3 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(
         path=path, step=manifest["step"], sequence=manifest["sequence"], metrics=metrics
     )
-
-
-def _check_json(metadata: Mapping[str, Any]) -> None:
-    for name, value in metadata.items():
-        try:
-            survives = json.loads(json.dumps({name: value})) == {name: value}
-        except TypeError as error:
-            raise ValueError(f"checkpoint: metadata {name!r} is not JSON data: {error}") from error
-        if not survives:
-            raise ValueError(
-                f"checkpoint: metadata {name!r} would not come back equal from JSON; use lists, "
-                "string keys, finite floats"
-            )

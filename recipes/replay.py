@@ -36,7 +36,8 @@ from controllers.ledger import LEDGER, TENSOR_DIGITS, Line, line_difference, rea
 from controllers.loop import Loop
 from controllers.not_finite import StepGivenUp
 from controllers.saving import MEMORY, Commit, Saving, checkpoint_at
-from hybridflow.checkpoint import CheckpointStore, read_manifest
+from hybridflow.checkpoint import CheckpointStore
+from hybridflow.manifest import read_manifest
 from hybridflow.metrics import MetricsConfig
 from hybridflow.metrics.jsonl import METRICS, read_jsonl
 from hybridflow.recovery.config import RecoveryConfig

@@ -13,7 +13,8 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hybridflow.checkpoint import CheckpointStore, read_manifest
+from hybridflow.checkpoint import CheckpointStore
+from hybridflow.manifest import read_manifest
 from hybridflow.recovery.attempts import Attempt
 from hybridflow.snapshots.memory import MemoryPlace
 from recipes.placing import Placement

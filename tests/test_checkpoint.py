@@ -3,8 +3,10 @@ checkpoint."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -89,6 +91,15 @@ def test_going_on_from_an_older_checkpoint_makes_the_rewritten_step_the_latest(
         ),
         (lambda path: (path / "manifest.json").write_text('{"format'), r"manifest.json is corrupt"),
         (lambda path: (path / "manifest.json").unlink(), r"no complete checkpoint"),
+        (
+            lambda path: edit_manifest(path, metrics=None),
+            r"corrupt \(metrics is of type NoneType\)",
+        ),
+        (lambda path: edit_manifest(path, files=[]), r"corrupt \(files is of type list\)"),
+        (
+            lambda path: edit_manifest(path, metadata={"step": 2}),
+            r"corrupt \(its checksum differs\)",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Any, message: str) -> None:
@@ -96,6 +107,41 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Any, message: str
     damage(checkpoint.path)
     with pytest.raises(ValueError, match=message):
         load_metadata(checkpoint.path)
+
+
+def edit_manifest(path: Path, **fields: object) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | fields))
+
+
+def test_a_manifest_of_an_earlier_version_has_no_checksum(tmp_path: Path) -> None:
+    path = save(CheckpointStore(tmp_path), 1).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["checksum"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert load_metadata(path)["step"] == 1
+
+
+def test_what_people_put_beside_checkpoints_is_theirs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Archives, copies and notes are neither read nor removed; of a checkpoint without a manifest the
+    log speaks once."""
+    store = CheckpointStore(tmp_path, keep_last=1)
+    first = save(store, 1)
+    theirs = [tmp_path / "step-00000009.tar.gz", tmp_path / "step-00000009"]
+    theirs += [tmp_path / ".saving-1-step-00000002", tmp_path / ".deleting-notes"]
+    for path in theirs:
+        path.write_text("x")
+    shutil.copytree(first.path, tmp_path / "step-00000001-before-the-change")
+    (tmp_path / "step-00000007").mkdir()
+    assert store.latest() == first and store.all() == [first]
+    second = save(store, 2)
+    assert store.all() == [second] and not first.path.exists()
+    assert all(path.is_file() for path in theirs)
+    assert load_metadata(tmp_path / "step-00000001-before-the-change")["step"] == 1
+    assert caplog.text.count("step-00000007: no manifest.json; remove this directory") == 1
+    assert store.damaged() == [tmp_path / "step-00000007"]
 
 
 def test_bad_use_is_refused(tmp_path: Path) -> None:

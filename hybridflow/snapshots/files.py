@@ -79,6 +79,11 @@ def file_name(rank: int) -> str:
     return f"{rank}{SUFFIX}"
 
 
+def rank_files(directory: Path) -> list[Path]:
+    """The ranks' files in a directory; what people put beside them is not read."""
+    return sorted(path for path in directory.glob(f"*{SUFFIX}") if path.stem.isdecimal())
+
+
 class Layout:
     """Where everything is in a rank's file; the same one from step to step, while the boxes are."""
 

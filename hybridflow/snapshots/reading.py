@@ -16,7 +16,14 @@ from torch import Tensor
 
 from hybridflow.resharding.boxes import Ints, intersections, overlapping, volumes
 from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
-from hybridflow.snapshots.files import DIGEST_DIGITS, SUFFIX, StoredBox, StoredFile, read_header
+from hybridflow.snapshots.files import (
+    DIGEST_DIGITS,
+    SUFFIX,
+    StoredBox,
+    StoredFile,
+    rank_files,
+    read_header,
+)
 
 
 class FilesMissing(ValueError):
@@ -61,7 +68,7 @@ class SnapshotFiles:
         """Reads the headers. A ValueError where there are no files, where one is damaged or of
         another format, or where it has another stamp than `stamp` (None: than the others)."""
         self.directory = directory
-        self.files = [read_header(path) for path in sorted(directory.glob(f"*{SUFFIX}"))]
+        self.files = [read_header(path) for path in rank_files(directory)]
         if not self.files:
             raise FilesMissing(
                 f"snapshot directory is {str(directory)!r}; it holds no {SUFFIX[1:]} files: use a "
@@ -152,7 +159,7 @@ def role_digest(directory: Path, stamp: str) -> str:
     """The digest of all tensors of a role: that of the ledger's line where all its files are there. A
     ValueError where one is damaged."""
     total = 0
-    for path in directory.glob(f"*{SUFFIX}"):
+    for path in rank_files(directory):
         file = read_header(path)
         if file.stamp == stamp:
             file.check()

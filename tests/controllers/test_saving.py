@@ -144,6 +144,19 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert torch.equal(weights(loop), expected)
 
 
+def test_files_beside_a_checkpoints_own_are_not_read(tmp_path: Path, shm: Path) -> None:
+    """macOS puts ._NAME beside every file that it copies; people keep copies."""
+    expected = undisturbed(tmp_path, shm)
+    train(tmp_path / "cut", None, steps=5)
+    actor = tmp_path / "cut" / "checkpoints" / "step-00000004" / "actor"
+    for name in ("._0.safetensors", "0 copy.safetensors", "notes.txt"):
+        (actor / name).write_text("x")
+    loop = make_loop(tmp_path / "cut", None)
+    assert loop.step == 4
+    Driver(loop).run()
+    assert torch.equal(weights(loop), expected)
+
+
 def test_nothing_but_damage_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
     train(tmp_path, None, steps=2)
     flip(tmp_path / "checkpoints" / "step-00000002" / "actor" / "0.safetensors")
