@@ -3,6 +3,8 @@ read."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from recipes.checks import RoleConfig
 from recipes.engine_facts import ask_engine
 from recipes.image_layouts import check_image_layout
@@ -20,9 +22,12 @@ from workers.engines.model.loading import (
 )
 from workers.engines.model.lora import check_adapter, check_scores
 from workers.engines.model.routers import check_replays
-from workers.generation import generation_engine_class
+from workers.generation import ENGINES, generation_engine_class
 from workers.generation.config import GenerationConfig
 from workers.role_config import ActorConfig, JudgeConfig, RewardConfig, RouterReplay, VerdictKind
+
+ANOTHER = "; set generation.engine to "
+"""How engines begin their advice to take another one."""
 
 
 def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> None:
@@ -70,16 +75,47 @@ def _check_generation_sizes(
     role: str, model: ModelConfig, config: GenerationConfig, *, synced: bool
 ) -> None:
     """`synced`: the engine gets its weights from a trainer."""
-    engine, published = generation_engine_class(config.engine), model_config(model, Head.lm)
-    if synced:
-        ask_engine(config.engine, "check_sync", engine.check_sync, published)
-    ask_engine(config.engine, "check_model", engine.check_model, published, config)
+    refused = _refusal(config.engine, model, config, synced=synced)
+    if ANOTHER in refused:
+        refused = _without_way_out(refused, model, config, synced=synced)
+    if refused:
+        raise ValueError(refused)
     (limit, source), needed = most_tokens(model, config, role), config.sampling.max_response_tokens
     if needed >= limit:
         raise ValueError(
             f"generation.sampling.max_response_tokens is {needed}, which leaves no room for a "
             f"prompt in {limit} tokens ({source}); lower it"
         )
+
+
+def _refusal(name: str, model: ModelConfig, config: GenerationConfig, *, synced: bool) -> str:
+    """Why the generation engine `name` does not take the model; empty where it does."""
+    engine, published = generation_engine_class(name), model_config(model, Head.lm)
+    try:
+        if synced:
+            ask_engine(name, "check_sync", engine.check_sync, published)
+        ask_engine(name, "check_model", engine.check_model, published, config)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _without_way_out(
+    refused: str, model: ModelConfig, config: GenerationConfig, *, synced: bool
+) -> str:
+    """The refusal, which names other engines; where these refuse too, with their reasons instead."""
+    reasons = [refused]
+    for name in ENGINES.builtin:
+        if name != config.engine:
+            reasons.append(
+                _refusal(name, model, replace(config, engine=name, tp=1, pp=1), synced=synced)
+            )
+    if not all(reasons):
+        return refused
+    on_gpus = any("generate on GPUs" in reason for reason in reasons)
+    whys = [reason.partition(ANOTHER)[0] for reason in reasons]
+    advice = "generate on GPUs" if on_gpus else "use a model of another family"
+    return f"{'; nor does another engine: '.join(whys)}; {advice}"
 
 
 def most_tokens(model: ModelConfig, config: GenerationConfig, role: str) -> tuple[int, str]:

@@ -273,6 +273,19 @@ def test_layers_with_a_state_are_refused_for_engine_hf() -> None:
     HfEngine.check_model(config_of("Phi-3"), GenerationConfig())
 
 
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_an_engine_that_would_refuse_too_is_not_advised(tmp_path: Path, engine: str) -> None:
+    """Each of them would send to the other."""
+    arguments = run(tmp_path, family("Mamba"), [f"actor.generation.engine={engine}"])
+    arguments += ["actor.train.packing=false", "actor.loss.kl_coefficient=0"]
+    message = (
+        f"^actor: generation.engine is '{engine}'.*; nor does another engine: generation.engine is "
+        "'.*; use a model of another family$"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(make_settings("grpo", arguments))
+
+
 def test_windows_in_some_layers_of_qwen_2_are_refused_for_vllm() -> None:
     with pytest.raises(ValueError, match=r"qwen2 has no windows in only some .*engine to hf"):
         check_fits(config_of("Qwen 2, windows"), GenerationConfig())
