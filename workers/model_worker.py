@@ -24,6 +24,7 @@ from workers.layouts import training_layout
 from workers.losses.segments import row_of_token, segment_sum
 from workers.pool_memory import pool_memory
 from workers.precision import with_native_precision
+from workers.process_memory import give_back
 from workers.sequences import Sequences
 
 
@@ -75,6 +76,8 @@ class ModelWorker(Worker):
             **lenders,
         )
         self.layout = self.engine.layout
+        # Whole weights left gaps between a rank's parts, too small for what comes.
+        give_back(context.device, 0)
         self.pool_memory.engines.add(self.engine)
 
     def share_base(self, model: ModelConfig, train: TrainConfig) -> bool:

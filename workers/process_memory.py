@@ -72,9 +72,9 @@ def retained_bytes(device: str) -> int:
     return _allocator().retained()
 
 
-def give_back(device: str) -> None:
+def give_back(device: str, kept_bytes: int = KEPT_BYTES) -> None:
     """Return freed memory to the system where it is more than what a CPU process may keep."""
-    if not device.startswith("cuda") and retained_bytes(device) > KEPT_BYTES:
+    if not device.startswith("cuda") and retained_bytes(device) > kept_bytes:
         _allocator().trim()
 
 

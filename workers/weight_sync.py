@@ -36,6 +36,7 @@ from hybridflow.resharding.transport import rank_in
 from workers.engines.base import TrainingEngine, WeightSource
 from workers.generation.base import GenerationEngine
 from workers.generation.weight_destination import WeightDestination
+from workers.process_memory import give_back
 from workers.sequences import Sequences
 
 BUCKET_BYTES = 64 << 20
@@ -120,6 +121,8 @@ class WeightSync:
         times = [device_time()]
         # The trainer's pass may gather weights: before the memory for the transfer is there.
         version, expected = self._announce(version)
+        # The trainer's pass gathered more at once than the rest of a sync needs.
+        give_back("cuda" if torch.cuda.is_initialized() else "cpu")
         times.append(device_time())
         if self.destination is not None:
             self.destination.restore()
