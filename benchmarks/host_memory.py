@@ -4,7 +4,8 @@ models and engines of different shapes.
     python -m benchmarks.host_memory --json FILE [--shapes NAME ...]
 
 Two hosts on Ray, float32, two steps of 8 prompts x 4 samples with 128 new tokens (PPO: 2 samples,
-384 tokens); random Llama models. Rows of {shape, measured_bytes, predicted_bytes, all_bytes}: the
+384 tokens; recompute: 512; step: the batch of benchmarks.step's 30 M); random Llama models, and a
+Mixtral. Rows of {shape, measured_bytes, predicted_bytes, all_bytes}: the
 largest host, its prediction, all processes of the run.
 """
 
@@ -16,7 +17,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.step.case import PeakMemory
 from recipes.preparation import foresee, prepare
@@ -39,6 +40,7 @@ class Shape:
     key_value_heads: int
     vocabulary: int
     tied: bool = False
+    experts: int = 0
     recipe: str = "grpo"
     settings: dict[str, object] = field(default_factory=dict)
 
@@ -80,6 +82,48 @@ SHAPES = {
     "adapter": Shape(
         hidden=768, inner=2048, layers=12, heads=12, key_value_heads=4, vocabulary=16384,
         settings={"actor.train.lora.rank": 8},
+    ),
+    "zero3": Shape(
+        hidden=768, inner=2048, layers=8, heads=12, key_value_heads=4, vocabulary=32768,
+        settings={"actor.train.reshard_after_forward": True},
+    ),
+    "layered": Shape(
+        hidden=896, inner=2688, layers=12, heads=14, key_value_heads=2, vocabulary=16384,
+    ),
+    "stages": Shape(
+        hidden=768, inner=2048, layers=12, heads=12, key_value_heads=4, vocabulary=16384,
+        settings={
+            "actor.train.engine": "threed", "actor.train.pp": 2, "actor.train.lora.rank": 16,
+        },
+    ),
+    "pools": Shape(
+        hidden=768, inner=2048, layers=6, heads=12, key_value_heads=12, vocabulary=8192,
+        settings={
+            "placement": "custom", "num_devices": 1,
+            "pools": {
+                "train": {"num_devices": 1, "roles": ["actor", "reference", "reward"]},
+                "samples": {"num_devices": 1, "roles": ["generation"]},
+            },
+        },
+    ),
+    "recompute": Shape(
+        hidden=640, inner=1728, layers=10, heads=10, key_value_heads=5, vocabulary=16384,
+        settings={
+            "actor.train.activation_checkpointing": True,
+            "actor.generation.sampling.max_response_tokens": 512,
+            "actor.generation.engine": "vllm",
+        },
+    ),
+    "experts": Shape(
+        hidden=512, inner=1024, layers=6, heads=8, key_value_heads=4, vocabulary=8192, experts=4,
+    ),
+    "step": Shape(
+        hidden=512, inner=2048, layers=8, heads=8, key_value_heads=4, vocabulary=512,
+        settings={
+            "data.batch_size": 32, "algorithm.samples_per_prompt": 8,
+            "actor.generation.engine": "vllm",
+            "actor.generation.sampling.max_response_tokens": 64,
+        },
     ),
 }  # fmt: skip
 
@@ -139,7 +183,7 @@ def measure(shape: Shape, directory: Path) -> dict[str, float]:
         session.step()  # with the optimizer's states, which the first one makes
     return {
         "measured_bytes": memory.largest_process_bytes("ray::"),
-        "predicted_bytes": predicted.process_bytes[predicted.pools[0].name],
+        "predicted_bytes": max(predicted.process_bytes.values()),
         "all_bytes": memory.peak_bytes,
     }
 
@@ -147,7 +191,9 @@ def measure(shape: Shape, directory: Path) -> dict[str, float]:
 def make_inputs(shape: Shape, directory: Path) -> None:
     """A random model with a byte tokenizer, and prompts of eight digits."""
     tokenizer = make_tokenizer()
-    config = LlamaConfig(
+    more = {"num_local_experts": shape.experts, "sliding_window": None} if shape.experts else {}
+    config = AutoConfig.for_model(
+        "mixtral" if shape.experts else "llama",
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
         num_hidden_layers=shape.layers,
@@ -159,8 +205,9 @@ def make_inputs(shape: Shape, directory: Path) -> None:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **more,
     )
-    LlamaForCausalLM(config).save_pretrained(directory / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
     lines = [json.dumps({"prompt": f"{number:08d}"}) for number in range(64)]
     (directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")

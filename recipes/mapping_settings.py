@@ -146,6 +146,7 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
         cache_of_rows=not engine.releases,
         replicas=actor.train.fsdp_replicas,
         compiled=actor.train.compile,
+        share_prompts=actor.train.packing and actor.train.share_prompts,
         remade=inputs.config.device is Device.cpu,
         selective=actor.train.selective_checkpointing,
         offload_activations=actor.train.offload_activations,

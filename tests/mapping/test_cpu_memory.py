@@ -17,10 +17,14 @@ from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.mapping.question.workload import Lengths, Workload
 from hybridflow.mapping.simulate.moments import Stored
+from hybridflow.mapping.simulate.packing import fullest_micro_batches
 from recipes.preparation import foresee, prepare
 from recipes.python_settings import make_settings
 from tests.tiny import by_length, make_model, tiny_grpo
+from workers.engines.base import Head
 from workers.engines.model import log_probs
+from workers.engines.shared.micro_batches import Cutting, make_micro_batches
+from workers.sequences import Sequences
 
 VOCAB, HIDDEN, TOKENS, CHUNK = 2048, 16, 512, 128
 MODEL = ModelSpec(
@@ -105,6 +109,54 @@ def test_a_pipelines_micro_batches(batch_size: int, tmp_path: Path) -> None:
     assert layout is not None and isinstance(prompts, PromptDataset)
     eighth = 2 * batch_size * (float(prompts.lengths.mean()) + 64) / 8
     assert layout.micro_batch_tokens == pytest.approx(max(512, eighth), abs=1)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("budget", [100, 300, 1000, 4000])
+@pytest.mark.parametrize("lengths", ["130", "uniform:20:250"])
+def test_a_micro_batch_has_whole_rows_and_groups(budget: int, lengths: str, share: bool) -> None:
+    """The fullest one, beside those that the engines cut for the same rows; the mapper counts a
+    row's last token too."""
+    response = Lengths.parse(lengths)
+    workload = Workload(
+        batch_size=16, prompt=Lengths.fixed(40), response=response, samples_per_prompt=4
+    )
+    layout = ModelLayout(d=2, zero=2, micro_batch_tokens=budget)
+    responses = torch.tensor(response.sample(32))
+    prompts = torch.arange(8).repeat_interleave(4)
+    token_ids = []
+    for prompt, size in zip(prompts.tolist(), responses.tolist(), strict=True):
+        token_ids += [torch.full((40,), prompt), torch.zeros(size, dtype=torch.int64)]
+    rows = Sequences(
+        token_ids=torch.cat(token_ids), lengths=responses + 40, scored_lengths=responses
+    )
+    cut = make_micro_batches(rows, Head.lm, Cutting(budget, True, share))
+    sizes = [micro_batch.input_ids.numel() for micro_batch in cut]
+    first, later = fullest_micro_batches(layout, workload, share_prompts=share)
+    assert max(first, later) == pytest.approx(max(sizes), rel=0.08)
+    assert (later > 0) == (len(sizes) > 1)
+
+
+def test_gathered_weights_are_there_from_the_first_pass_to_the_update(tmp_path: Path) -> None:
+    """Of a model that FSDP gathers at once: of the critic in all calls of a step of PPO but generation
+    and the actor's update, which follows its own; of the reference always."""
+    path = make_model(tmp_path / "model")
+    settings = tiny_grpo(tmp_path) | {
+        "runtime": "ray",
+        "num_devices": 2,
+        "model.path": path,
+        "output_dir": tmp_path / "run",
+    }
+    mapping = foresee(make_settings("ppo", settings, by_length))
+    held = {}
+    for call in mapping.calls:
+        if "parameters" in call.bytes:
+            held[call.call.partition("#")[0]] = call.bytes["parameters"]
+    critic = held["critic.compute_values"] - held["actor.update_actor"]
+    assert critic == held["critic.update_critic"] - held["actor.update_actor"]
+    assert critic == held["critic.compute_values"] - held["actor.generate_sequences"]
+    spec = ModelSpec.from_directory(path).with_scalar_head()
+    assert critic == pytest.approx(4 * spec.num_parameters, rel=0.02)
 
 
 def test_keys_and_values_of_engine_hf_go_with_their_rows(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from hybridflow.mapping.search.options import call_footprint, entry_seconds, pas
 from hybridflow.mapping.search.setting import Setting
 from hybridflow.mapping.simulate.footprint import (
     Footprint,
+    gathered_between,
     resident_footprint,
     shared_bytes,
 )
 from hybridflow.mapping.simulate.generation import generation_time
+from hybridflow.mapping.simulate.moments import gathering_pass
 from hybridflow.mapping.simulate.schedule import CONTROLLER
 from hybridflow.mapping.simulate.transition import weight_sync_time
 
@@ -49,7 +51,8 @@ def predict(setting: Setting, pools: Sequence[Pool], roles: Sequence[RolePlan]) 
     for call, bar, parts in zip(setting.dataflow.calls, bars, causes, strict=True):
         num_bytes: dict[str, float] = {}
         if bar.pool != CONTROLLER:
-            num_bytes = _bytes(setting, call, plans[call.role], residents[bar.pool])
+            present = residents[bar.pool] + _reshards(setting, call, pool_by_name[bar.pool], plans)
+            num_bytes = _bytes(setting, call, plans[call.role], present)
         calls.append(
             CallPlan(
                 call=call.name,
@@ -168,6 +171,32 @@ def _pool_resident(setting: Setting, pool: Pool, plans: dict[str, RolePlan]) -> 
     return total
 
 
+def _reshards(setting: Setting, call: Call, pool: Pool, plans: dict[str, RolePlan]) -> Footprint:
+    """What is missing from the resident bytes while `call` runs: gathered weights of roles that have
+    made no pass of the step yet, or whose update is over."""
+    missing = 0.0
+    for role in pool.roles:
+        layout = plans[role].layout
+        if layout is None or _has_gathered(setting, role, call):
+            continue
+        trained = setting.trained(role)
+        missing += gathered_between(setting.model(role), layout, setting.space, trained=trained)
+    return Footprint(parameters=-missing)
+
+
+def _has_gathered(setting: Setting, role: str, call: Call) -> bool:
+    """Whether a pass of `role` was made in the step before `call` ends, and its update is not over. A
+    generation begins with a pass of the trainer."""
+    order = [other.name for other in setting.dataflow.calls]
+    now = order.index(call.name)
+    begun, over = False, False
+    for other in setting.calls(role):
+        at = order.index(other.name)
+        begun = begun or at <= now
+        over = over or (other.kind is CallKind.training and at < now)
+    return begun and not over
+
+
 def _sharing(setting: Setting, pool: Pool, plans: dict[str, RolePlan]) -> tuple[str, ...]:
     """The roles whose frozen weights are in memory once: those in the layout of the first."""
     members = setting.sharing(pool.roles)
@@ -184,9 +213,23 @@ def _bytes(
 ) -> dict[str, float]:
     """Bytes on each device while a call runs, by part; parts of 0 bytes are left out."""
     extra = call_footprint(setting, call.role, call.kind, plan.layout, plan.generation)
+    if call.kind is CallKind.generation:
+        extra = _fullest_of_generation(setting, plan, extra)
     parts = asdict(pool_resident + extra)
     if call.kind is CallKind.generation:  # resident weights and cache are not needed a second time
         counted = resident(setting, plan) if plan.layout is None else _engine(setting, plan)
         parts["generation_weights"] -= counted.generation_weights
         parts["kv_cache"] -= counted.kv_cache
     return _positive(parts)
+
+
+def _fullest_of_generation(setting: Setting, plan: RolePlan, drawing: Footprint) -> Footprint:
+    """The bytes while rows are drawn, or in the trainer's pass before a sync, if those are more."""
+    if plan.layout is None or not setting.trained(plan.role):
+        return drawing
+    weights = Footprint(generation_weights=drawing.generation_weights)
+    if not setting.space.cache_of_rows:
+        weights = replace(weights, kv_cache=drawing.kv_cache)
+    model, space = setting.model(plan.role), setting.space
+    probe = weights + gathering_pass(model, plan.layout, space, trained=True)
+    return max(drawing, probe, key=lambda moment: moment.total)

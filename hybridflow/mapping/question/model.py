@@ -342,9 +342,12 @@ class ModelSpec:
         `remade`: a dense gated MLP makes what it computes of its two factors again (2 f less).
 
         A compiled layer computes again what takes no product: the normalised inputs of two norms (2
-        h, and half of the float32 ones) and the MLP's gate after its activation (f).
+        h, and half of the float32 ones) and the MLP's gate after its activation (f). Norms that are
+        not trained need no normalised input (2 h).
         """
         elements, float32 = self.stored_elements_per_token, 2.0
+        if self.adapter is not None and not compiled:
+            elements -= 2 * self.hidden_size
         if compiled:
             elements -= 2 * self.hidden_size
             elements -= self.active_intermediate_size if self.gated_mlp else 0

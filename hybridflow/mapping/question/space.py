@@ -85,11 +85,15 @@ class SearchSpace:
     passes and reduced as a whole, a larger one layer by layer."""
     reduction_copies: bool = False
     """Reducing gradients copies them (gloo)."""
+    bucket_elements: float = 0.0
+    """Gradients are copied to a buffer of at most so many (DeepSpeed's reduce_bucket_size)."""
     logits_at_once: float = 2.0**27
     """Most numbers of logits that a training engine holds at a time."""
     logits_in_parts: bool = False
     """A training engine's softmax looks at a few rows of logits at a time (CPUs), so that beside the
     logits there is their gradient and nothing else of that size."""
+    share_prompts: bool = False
+    """The samples of a prompt share its tokens in training (train.share_prompts)."""
     cache_of_rows: bool = False
     """The generation engine's keys and values come and go with its rows (hf), in place of a cache of
     fixed size that stays between calls."""

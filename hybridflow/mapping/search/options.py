@@ -22,7 +22,7 @@ from hybridflow.mapping.simulate.footprint import (
     resident_footprint,
 )
 from hybridflow.mapping.simulate.generation import generation_time
-from hybridflow.mapping.simulate.moments import pass_footprint
+from hybridflow.mapping.simulate.moments import gathering_pass, pass_footprint
 from hybridflow.mapping.simulate.passes import (
     PassTime,
     gathering_s,
@@ -67,8 +67,10 @@ class GenerationOption:
     layout: GenerationLayout
     weights: float
     """Bytes of the weights."""
+    cache: float
+    """Bytes of a cache that is there before rows are drawn."""
     others: float
-    """Bytes of everything else that generation needs."""
+    """Bytes of everything else that generation needs, the cache among them."""
     seconds: float
     """The step waits for the responses of the call."""
     ahead_seconds: float
@@ -237,8 +239,9 @@ def generation_options(
             seconds = ahead_seconds = generation_time(model, layout, machine).total
             if workload.asynchrony is not None:
                 ahead_seconds = generation_time(model, layout, machine, ahead=True).total
+            cache = 0.0 if space.cache_of_rows else need.kv_cache
             others = need.total - weights
-            options.append(GenerationOption(layout, weights, others, seconds, ahead_seconds))
+            options.append(GenerationOption(layout, weights, cache, others, seconds, ahead_seconds))
     return options
 
 
@@ -257,8 +260,12 @@ def paired(
             drawing = generating.call_seconds(ahead=setting.is_ahead(call))
             seconds[position] = drawing + transition
             transition = 0.0
-    extra = generating.others + max(0.0, generating.weights - passing.held)
-    transient = max(passing.transient, extra)
+    weights = max(0.0, generating.weights - passing.held)
+    sync = 0.0
+    if setting.trained(role):
+        gathering = gathering_pass(setting.model(role), passing.layout, setting.space, trained=True)
+        sync = weights + generating.cache + gathering.total
+    transient = max(passing.transient, generating.others + weights, sync)
     return RoleOption(
         passing.layout, generating.layout, passing.resident, transient, tuple(seconds)
     )

@@ -170,6 +170,26 @@ def gathered_parameters(model: ModelSpec, layout: ModelLayout) -> float:
     return count
 
 
+def gathered_between(
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
+) -> float:
+    """Bytes of FSDP's gathered weights of a trained model that is one group: they are there from the
+    step's first pass to the end of its update, and of a frozen model always (0 here)."""
+    if not (trained and space.cut_between_steps and is_one_group(model, layout, space)):
+        return 0.0
+    return space.parameter_bytes * gathered_parameters(model, layout)
+
+
+def gathering_bytes(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
+    """Bytes that FSDP's gathering needs beside gathered weights: one group flat, as it arrives, until
+    the next one is there or the pass ends."""
+    if not space.cut_between_steps or layout.shards == 1 or layout.zero >= 3:
+        return 0.0
+    if is_one_group(model, layout, space):
+        return space.parameter_bytes * gathered_parameters(model, layout)
+    return space.parameter_bytes * layer_share(model, layout)
+
+
 def is_one_group(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> bool:
     """Whether FSDP gathers and reduces the model as a whole, once an update."""
     if model.adapter is not None and layout.shards == 1:
@@ -264,10 +284,13 @@ def generation_footprint(
     activations = space.activation_bytes * model.activation_elements_per_token * tokens / layout.tg
     logits = layout.max_running * model.vocab_size / layout.tg * (space.activation_bytes + 4)
     # A sync is over before the first token is computed.
+    decoding = activations + logits
+    if space.cache_of_rows:
+        decoding += kv
     return Footprint(
         generation_weights=max(0.0, weights - held),
         kv_cache=kv,
         activations=activations,
         logits=logits,
-        buffers=max(0.0, space.bucket_bytes + staging - activations - logits),
+        buffers=max(0.0, space.bucket_bytes + staging - decoding),
     )

@@ -2,6 +2,7 @@
 
 A training step is fullest at one of these, and the footprint of the call is the fullest:
 
+gather   the end of the first forward pass, while what the weights arrived in is there (FSDP)
 head     the head's backward pass: everything that was stored waits, logits and the head's gradient
          are there
 first    the backward pass of the layer that comes first, the last one: everything but the head's
@@ -14,7 +15,7 @@ Left out: kernels' own scratch memory, fragments, communicators' buffers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybridflow.mapping.question.layouts import ModelLayout
 from hybridflow.mapping.question.model import ModelSpec
@@ -26,13 +27,17 @@ from hybridflow.mapping.simulate.footprint import (
     Footprint,
     cut_trained,
     fetched_bytes,
+    gathered_between,
     gathered_parameters,
+    gathering_bytes,
     is_one_group,
     layer_share,
+    state_footprint,
     trained_parameters,
 )
+from hybridflow.mapping.simulate.packing import fullest_micro_batches
 
-MOMENTS = ("head", "first", "last", "end", "step")
+MOMENTS = ("gather", "head", "first", "last", "end", "step")
 
 
 def pass_footprint(
@@ -47,7 +52,6 @@ def pass_footprint(
 ) -> Footprint:
     """The bytes that a training (backward) or forward call needs on top of the resident ones, at its
     fullest moment."""
-    stored = Stored.of(model, layout, space, workload)
     fetched = 0.0
     if backward or not trained:
         fetched = fetched_bytes(model, layout, space, trained=trained)
@@ -55,12 +59,22 @@ def pass_footprint(
         moments = training_moments(model, layout, space, workload, num_micro_batches)
         fullest = max(moments.values(), key=lambda moment: moment.total)
         return fullest + Footprint(buffers=fetched)
+    stored = Stored.of(model, layout, space, workload)
     needed = Footprint(activations=stored.layer, logits=stored.logits, buffers=fetched)
-    if space.cut_between_steps:
-        return needed + Footprint(parameters=_gathered(model, layout, space))
-    if layout.zero >= 3:
-        return needed + Footprint(buffers=_two_layers(model, layout, space))
-    return needed
+    return needed + gathering_pass(model, layout, space, trained=trained)
+
+
+def gathering_pass(
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
+) -> Footprint:
+    """What a forward pass gathers: the weights, and what they arrive in."""
+    if not space.cut_between_steps:
+        gathered = _two_layers(model, layout, space) if layout.zero >= 3 else 0.0
+        return Footprint(buffers=gathered)
+    arriving = gathering_bytes(model, layout, space)
+    if not trained and is_one_group(model, layout, space):
+        arriving = 0.0  # they stay
+    return Footprint(parameters=_gathered(model, layout, space), buffers=arriving)
 
 
 def training_moments(
@@ -70,9 +84,39 @@ def training_moments(
     workload: Workload,
     num_micro_batches: int,
 ) -> dict[str, Footprint]:
-    """The bytes on top of the resident ones at the moments of a training step."""
-    stored = Stored.of(model, layout, space, workload, backward=True)
+    """The bytes on top of the resident ones at the moments of a training step: of its first
+    micro-batch, or of a later one, when gradients of others are there."""
+    first, later = fullest_micro_batches(layout, workload, share_prompts=space.share_prompts)
+    several = num_micro_batches > 1 and later > 0
+    if layout.p > 1:
+        return _moments(
+            model, layout, space, workload, max(first, later), num_micro_batches, earlier=several
+        )
+    moments = _moments(model, layout, space, workload, first, num_micro_batches, earlier=False)
+    if several:
+        others = _moments(model, layout, space, workload, later, num_micro_batches, earlier=True)
+        for name, moment in others.items():
+            if moment.total > moments[name].total:
+                moments[name] = moment
+    return moments
+
+
+def _moments(
+    model: ModelSpec,
+    layout: ModelLayout,
+    space: SearchSpace,
+    workload: Workload,
+    tokens: float,
+    num_micro_batches: int,
+    *,
+    earlier: bool,
+) -> dict[str, Footprint]:
+    """Of a micro-batch of so many tokens; `earlier`: there were others before it."""
+    stored = Stored.of(model, layout, space, workload, backward=True, tokens=tokens)
     in_flight = min(layout.p, num_micro_batches)
+    gather = Footprint(activations=stored.layers + stored.norm, logits=stored.read_logits)
+    if not earlier:
+        gather += _arriving(model, layout, space, workload)
     head = Footprint(
         activations=stored.layers + stored.norm,
         logits=stored.logits,
@@ -83,13 +127,26 @@ def training_moments(
     if layout.offload_activations:
         last = first
     end = Footprint(activations=(in_flight - 1) * stored.layers)
-    several = num_micro_batches > 1
     if space.cut_between_steps:
-        states = _cut_states(model, layout, space, several=several)
+        several = num_micro_batches > 1
+        states = _cut_states(model, layout, space, earlier=earlier, several=several)
     else:
         states = _whole_states(model, layout, space)
-    moments = {"head": head, "first": first, "last": last, "end": end, "step": Footprint()}
-    return {name: moments[name] + states[name] for name in MOMENTS}
+    moments = (gather, head, first, last, end, Footprint())
+    return {name: moment + states[name] for name, moment in zip(MOMENTS, moments, strict=True)}
+
+
+def _arriving(
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace, workload: Workload
+) -> Footprint:
+    """What weights arrive in, in an update's first pass. One group's are there from an earlier call of
+    the step; but in a run's first, when there are no optimizer states, and after each update."""
+    arriving = Footprint(buffers=gathering_bytes(model, layout, space))
+    updates = workload.num_mini_batches * workload.num_epochs
+    if not arriving.buffers or updates > 1 or not is_one_group(model, layout, space):
+        return arriving
+    states = state_footprint(model, layout, space, trained=True).optimizer
+    return replace(arriving, optimizer=-states)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +170,8 @@ class Stored:
     logits: float
     """Logits of a chunk of tokens, in compute precision and float32, with a float32 gradient in
     training; where softmax takes them in parts, in compute precision, with a gradient like them."""
+    read_logits: float
+    """Those of a forward pass."""
 
     @classmethod
     def of(
@@ -123,24 +182,26 @@ class Stored:
         workload: Workload,
         *,
         backward: bool = False,
+        tokens: float | None = None,
     ) -> Stored:
-        tokens = min(
-            layout.micro_batch_tokens, max(workload.longest_row, workload.num_tokens / layout.d)
-        )
+        """`tokens`: of the micro-batch; None: the fullest."""
+        if tokens is None:
+            tokens = max(fullest_micro_batches(layout, workload, share_prompts=space.share_prompts))
         tokens /= layout.c
         of_a_layer = kept_per_token(model, layout, space) * tokens / layout.t
         layers = of_a_layer * model.longest_stage(layout.p)
         scored = workload.response.mean / workload.tokens_per_row
         numbers = min(tokens * scored * head_width(model) / layout.t, space.logits_at_once)
-        beside = 8.0 if backward else 4.0
+        beside, beside_read = (8.0 if backward else 4.0), 4.0
         if space.logits_in_parts:
-            beside = space.activation_bytes if backward else 0.0
+            beside, beside_read = (space.activation_bytes if backward else 0.0), 0.0
         return cls(
             layer=stored_per_token(model, layout, space) * tokens / layout.t,
             of_a_layer=of_a_layer,
             layers=0.0 if layout.offload_activations else layers,
             norm=model.norm_bytes_per_token(space.activation_bytes) * tokens / layout.t,
             logits=numbers * (space.activation_bytes + beside),
+            read_logits=numbers * (space.activation_bytes + beside_read),
         )
 
     def with_layer(self, layers: float, layout: ModelLayout) -> float:
@@ -189,24 +250,26 @@ def _whole_states(
         reduced = FLOAT32_BYTES * cut_trained(model, layout)
         if space.reduction_copies:
             reduced = space.gradient_bytes * trained_parameters(model, layout)
-    in_layers = Footprint(buffers=gathered + waiting)
+    bucket = space.parameter_bytes * min(space.bucket_elements, model.num_parameters)
+    in_layers = Footprint(buffers=gathered + waiting + bucket)
     return {
-        "head": Footprint(buffers=gathered),
+        "gather": Footprint(buffers=gathered),
+        "head": Footprint(buffers=gathered + bucket),
         "first": in_layers,
         "last": in_layers,
-        "end": Footprint(buffers=waiting + in_end),
+        "end": Footprint(buffers=waiting + in_end + bucket),
         "step": Footprint(buffers=reduced),
     }
 
 
 def _cut_states(
-    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, several: bool
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, earlier: bool, several: bool
 ) -> dict[str, Footprint]:
     """FSDP's gathered weights and gradients, beside the resident shards; of a step of `several`
-    micro-batches, or of one, whose layers are freed one by one."""
+    micro-batches, or of one, whose layers are freed one by one. `earlier`: of a later micro-batch."""
     shard = FLOAT32_BYTES * cut_trained(model, layout)
     if is_one_group(model, layout, space):
-        return _one_group_states(model, layout, space, several=several)
+        return _one_group_states(model, layout, space, earlier=earlier)
     gathered = _gathered(model, layout, space)
     if model.adapter is not None:
         largest = model.adapter.whole + model.adapter.cut / layout.t
@@ -217,12 +280,13 @@ def _cut_states(
     copies = space.parameter_bytes + FLOAT32_BYTES
     layer, ends = layer_share(model, layout), _ends(model, layout)
     in_layers = copies * layer + space.parameter_bytes * model.head_parameters / layout.t
-    before = shard if several else 0.0
+    before = shard if earlier else 0.0
     one_by_one = space.parameter_bytes * (ends + layer)
     in_last, at_end = (gathered, gathered) if several else (one_by_one, 0.0)
     if layout.zero >= 3:
         in_last, at_end = gathered, 0.0
     return {
+        "gather": Footprint(parameters=gathered, gradients=before),
         "head": Footprint(parameters=gathered, gradients=before),
         "first": Footprint(parameters=gathered, gradients=before, buffers=in_layers),
         "last": Footprint(parameters=in_last, gradients=shard, buffers=in_layers),
@@ -232,21 +296,24 @@ def _cut_states(
 
 
 def _one_group_states(
-    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, several: bool
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, earlier: bool
 ) -> dict[str, Footprint]:
     """A gradient that is added up whole, in float32 from the second micro-batch on, and copied to be
-    reduced."""
+    reduced when the gathered weights are gone."""
     count = trained_parameters(model, layout)
     whole, latest = FLOAT32_BYTES * count, space.parameter_bytes * count
-    before = whole if several else 0.0
+    before = whole if earlier else 0.0
     in_last = before + latest if space.parameter_bytes < FLOAT32_BYTES else whole
-    shard = FLOAT32_BYTES * cut_trained(model, layout)
+    gathered = gathered_between(model, layout, space, trained=True)
     return {
+        "gather": Footprint(gradients=before),
         "head": Footprint(gradients=before),
         "first": Footprint(gradients=before),
         "last": Footprint(gradients=in_last),
-        "end": Footprint(gradients=max(before, latest), buffers=whole + shard),
-        "step": Footprint(gradients=shard),
+        "end": Footprint(parameters=-gathered, gradients=max(before, latest), buffers=whole),
+        "step": Footprint(
+            parameters=-gathered, gradients=FLOAT32_BYTES * cut_trained(model, layout)
+        ),
     }
 
 

@@ -28,7 +28,7 @@ from workers.config import TrainConfig
 from workers.engines import pipeline_engines
 from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.deepspeed.partitions import Partitions, partitions, shard_range
-from workers.engines.deepspeed.setup import ZeroModel
+from workers.engines.deepspeed.setup import BUCKET_ELEMENTS, ZeroModel
 from workers.engines.model.context_parallel import check_context_parallel
 from workers.engines.model.layers import check_layers
 from workers.engines.model.loading import ModelSource
@@ -110,7 +110,13 @@ class DeepspeedEngine(ShardedEngine):
 
     @classmethod
     def limit(cls, space: SearchSpace) -> SearchSpace:
-        return replace(space, max_pipeline=1, max_tensor=1, zero_stages=STAGES)
+        return replace(
+            space,
+            max_pipeline=1,
+            max_tensor=1,
+            zero_stages=STAGES,
+            bucket_elements=float(BUCKET_ELEMENTS),
+        )
 
     @classmethod
     def zero_stage(cls, config: TrainConfig) -> int:
