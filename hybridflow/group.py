@@ -279,7 +279,8 @@ class Handle:
             )
         split = declaration.split
         names = dict.fromkeys(declaration.reads)
-        for name in (*declaration.optional, split.balance, split.within, split.together):
+        columns = (split.balance, split.within, split.together, split.near)
+        for name in (*declaration.optional, *columns):
             if name is not None and name in batch:
                 names[name] = None
         return self._pool.prepare(batch.select(*names))

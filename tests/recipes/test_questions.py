@@ -81,7 +81,9 @@ def test_a_model_that_is_only_asked_needs_no_training_settings(tmp_path: Path) -
     tokenizer = AutoTokenizer.from_pretrained(settings["model.path"])
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64}
     model = CodeGenForCausalLM(
-        CodeGenConfig(vocab_size=VOCAB, eos_token_id=EOS, bos_token_id=EOS, pad_token_id=PAD, **shape)
+        CodeGenConfig(
+            vocab_size=VOCAB, eos_token_id=EOS, bos_token_id=EOS, pad_token_id=PAD, **shape
+        )
     ).eval()
     model.save_pretrained(tmp_path / "codegen")
     tokenizer.save_pretrained(tmp_path / "codegen")

@@ -15,6 +15,7 @@ import torch
 
 from hybridflow.batch import Batch
 from hybridflow.calls import Pending
+from hybridflow.columns import Ragged
 from hybridflow.context import RankContext
 from hybridflow.errors import TooFewDevices, WorkerDied, WorkerError, WorkerStuck
 from hybridflow.failures import describe, failed_pools
@@ -73,6 +74,19 @@ def test_a_worker_sees_only_what_it_reads(echo: Echo) -> None:
         "test_length",
         "test_label",
     }
+
+
+def test_rows_of_one_prompt_go_to_one_data_coordinate(echo: Echo) -> None:
+    """By a column that the method itself does not read."""
+    groups = torch.arange(4).repeat_interleave(4)
+    batch = Batch.of(
+        test_ids=Ragged.of([[1, 2, 3]] * 16, torch.int64),
+        test_length=torch.full((16,), 3),
+        test_group=groups,
+    )
+    ranks = echo.grouped(batch).tensor("test_rank")
+    assert sorted(ranks.tolist()) == [0] * 8 + [2] * 8
+    assert all(len(set(ranks[groups == group].tolist())) == 1 for group in range(4))
 
 
 def numbers_half(rows: int):  # type: ignore[no-untyped-def]

@@ -85,6 +85,16 @@ class Echo(Worker):
     def micro(self, batch: Batch) -> Batch:
         return Batch.of(test_rank=torch.full((len(batch),), self.context.rank))
 
+    @remote(
+        THREE_D,
+        reads=("test_ids",),
+        writes=("test_rank",),
+        balance="test_length",
+        near="test_group",
+    )
+    def grouped(self, batch: Batch) -> Batch:
+        return Batch.of(test_rank=torch.full((len(batch),), self.context.rank))
+
     @remote(DP, reads=("test_double",), writes=("test_half",))
     def half(self, batch: Batch) -> Batch:
         double = batch.ragged("test_double")
