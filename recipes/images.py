@@ -39,8 +39,8 @@ def _check(role: Role) -> None:
     family, kind = family_of(published), published.model_type
     if family is None:
         raise ValueError(
-            f"{role.section}.model.path is {model.path!r}, whose family ({kind}) is given text alone, and the "
-            f"data has images; use a model of one of {', '.join(FAMILIES)}"
+            f"{role.section}.model.path is {model.path!r}, whose family ({kind}) is given text alone, and "
+            f"the data has images; use a model of one of {', '.join(FAMILIES)}"
         )
     if isinstance(role.config, ActorConfig):
         engine = role.config.generation.engine
