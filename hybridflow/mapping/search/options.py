@@ -19,6 +19,7 @@ from hybridflow.mapping.simulate.footprint import (
     Footprint,
     generation_footprint,
     held_for_generation,
+    merged_bytes,
     resident_footprint,
 )
 from hybridflow.mapping.simulate.generation import generation_time
@@ -207,7 +208,8 @@ def call_footprint(
     if kind is CallKind.generation:
         assert generation is not None
         held = held_for_generation(model, layout, space)
-        return generation_footprint(model, generation, held, space, workload)
+        merged = merged_bytes(model, layout, space)
+        return generation_footprint(model, generation, held, space, workload, merged)
     assert layout is not None
     backward, trained = kind is CallKind.training, setting.trained(role)
     rows: float = workload.num_rows
@@ -265,7 +267,8 @@ def paired(
     if setting.trained(role):
         gathering = gathering_pass(setting.model(role), passing.layout, setting.space, trained=True)
         sync = weights + generating.cache + gathering.total
-    transient = max(passing.transient, generating.others + weights, sync)
+    merged = merged_bytes(setting.model(role), passing.layout, setting.space)
+    transient = max(passing.transient, generating.others + weights + merged, sync)
     return RoleOption(
         passing.layout, generating.layout, passing.resident, transient, tuple(seconds)
     )

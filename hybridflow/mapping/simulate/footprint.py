@@ -252,32 +252,34 @@ def held_for_generation(
     return state_footprint(model, training, space, trained=False).parameters
 
 
-def _merged_bytes(
-    model: ModelSpec, layout: GenerationLayout, space: SearchSpace, weights: float
-) -> float:
-    """Bytes of the merged weights that the training side holds during a sync."""
-    if space.cut_between_steps:
-        return space.parameter_bytes * model.num_parameters / layout.num_devices
-    return weights
+def merged_bytes(model: ModelSpec, training: ModelLayout | None, space: SearchSpace) -> float:
+    """Bytes of the weights with the adapter in them that a training rank makes for a sync: of its own
+    part of the base."""
+    if training is None or model.adapter is None or model.adapter.sent_alone:
+        return 0.0
+    return base_bytes(model, training, space)
 
 
 def generation_footprint(
-    model: ModelSpec, layout: GenerationLayout, held: float, space: SearchSpace, workload: Workload
+    model: ModelSpec,
+    layout: GenerationLayout,
+    held: float,
+    space: SearchSpace,
+    workload: Workload,
+    merged: float = 0.0,
 ) -> Footprint:
     """The bytes that generation needs on top of the resident ones: its weights beyond those
     held (peak M/(tg pg)), the KV cache of the running sequences, and the resharding's staging
     buffer."""
     weights = space.parameter_bytes * stage_parameters(model, ModelLayout(p=layout.pg, t=layout.tg))
-    staging = 0.0
+    staging = merged
     if space.repacked_generation:
         if model.tied_embeddings:
             weights += space.parameter_bytes * model.head_parameters / layout.tg
         if layout.kept:
-            staging = weights
+            staging += weights
     if model.adapter is not None and model.adapter.sent_alone:
         weights += space.parameter_bytes * model.adapter_parameters / layout.pg
-    elif model.adapter is not None:
-        staging += _merged_bytes(model, layout, space, weights)
     kv = kv_bytes_per_token(model, layout, space) * kv_tokens(workload, layout.max_running)
     waiting = layout.max_running * workload.prompt.mean
     tokens = max(min(space.max_num_batched_tokens, waiting), layout.max_running)

@@ -111,7 +111,7 @@ def _moments(
     *,
     earlier: bool,
 ) -> dict[str, Footprint]:
-    """Of a micro-batch of so many tokens; `earlier`: there were others before it."""
+    """The moments of a micro-batch of so many tokens; `earlier`: there were others before it."""
     stored = Stored.of(model, layout, space, workload, backward=True, tokens=tokens)
     in_flight = min(layout.p, num_micro_batches)
     gather = Footprint(activations=stored.layers + stored.norm, logits=stored.read_logits)
