@@ -172,7 +172,7 @@ def _pool_resident(setting: Setting, pool: Pool, plans: dict[str, RolePlan]) -> 
 
 
 def _reshards(setting: Setting, call: Call, pool: Pool, plans: dict[str, RolePlan]) -> Footprint:
-    """What is missing from the resident bytes while `call` runs: gathered weights of roles that have
+    """Minus what is not there of the resident bytes while `call` runs: gathered weights of roles that have
     made no pass of the step yet, or whose update is over."""
     missing = 0.0
     for role in pool.roles:

@@ -67,7 +67,7 @@ def pass_footprint(
 def gathering_pass(
     model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
 ) -> Footprint:
-    """What a forward pass gathers: the weights, and what they arrive in."""
+    """The bytes that a forward pass gathers: weights, and what they arrive in."""
     if not space.cut_between_steps:
         gathered = _two_layers(model, layout, space) if layout.zero >= 3 else 0.0
         return Footprint(buffers=gathered)
@@ -139,7 +139,7 @@ def _moments(
 def _arriving(
     model: ModelSpec, layout: ModelLayout, space: SearchSpace, workload: Workload
 ) -> Footprint:
-    """What weights arrive in, in an update's first pass. One group's are there from an earlier call of
+    """The buffer that weights arrive in, in an update's first pass. One group's are there from an earlier call of
     the step; but in a run's first, when there are no optimizer states, and after each update."""
     arriving = Footprint(buffers=gathering_bytes(model, layout, space))
     updates = workload.num_mini_batches * workload.num_epochs
