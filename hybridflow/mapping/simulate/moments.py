@@ -139,8 +139,8 @@ def _moments(
 def _arriving(
     model: ModelSpec, layout: ModelLayout, space: SearchSpace, workload: Workload
 ) -> Footprint:
-    """The buffer that weights arrive in, in an update's first pass. One group's are there from an earlier call of
-    the step; but in a run's first, when there are no optimizer states, and after each update."""
+    """The buffer that weights arrive in, in an update's first pass. One group's are there from an
+    earlier call of the step, but in a run's first (without optimizer states) and after each update."""
     arriving = Footprint(buffers=gathering_bytes(model, layout, space))
     updates = workload.num_mini_batches * workload.num_epochs
     if not arriving.buffers or updates > 1 or not is_one_group(model, layout, space):
