@@ -40,3 +40,16 @@ class ClusterConfig:
     """Print what the workers print."""
     check_timeout_s: float = 120.0
     """How long a node may take to answer the check of versions."""
+
+    def __post_init__(self) -> None:
+        if not self.check_timeout_s > 0:
+            raise ValueError(f"cluster.check_timeout_s is {self.check_timeout_s}; use more than 0")
+        if self.object_store_gib < 0:
+            raise ValueError(
+                f"cluster.object_store_gib is {self.object_store_gib}; use more than 0, or 0, which "
+                "leaves it to Ray"
+            )
+        if not 0 < self.dashboard_port < 2**16:
+            raise ValueError(
+                f"cluster.dashboard_port is {self.dashboard_port}; use a port, 1 to 65535"
+            )

@@ -64,6 +64,7 @@ class LoopConfig:
             ("checkpoint_every", self.checkpoint_every),
             ("checkpoint_minutes", self.checkpoint_minutes),
             ("export_every", self.export_every),
+            ("keep_best", self.keep_best),
         )
         for name, interval in intervals:
             if interval < 0:

@@ -11,19 +11,16 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
-from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 
 from controllers import ALGORITHMS, AlgorithmEntry
 from hybridflow.checkpoint import MANIFEST
 from hybridflow.dataflow import CallKind, Dataflow
-from hybridflow.layout import AXES, Layout
-from hybridflow.registry import Registry
+from hybridflow.layout import AXES
 from recipes.config import NO_MODEL, RunConfig
-from recipes.engine_facts import ask_engine
+from recipes.engine_facts import check_library
+from recipes.generation_checks import check_generation
 from recipes.roles import GENERATOR, section_of
 from recipes.untrained import check_untrained
 from workers.agents.config import EpisodeActorConfig, EpisodeScorerConfig
@@ -35,9 +32,7 @@ from workers.config import (
 )
 from workers.engines import ENGINES, engine_class
 from workers.engines.shared.optimizer import check_optimizer_config
-from workers.generation import ENGINES as GENERATION_ENGINES
 from workers.generation import generation_engine_class
-from workers.generation.config import GenerationConfig
 from workers.generation.sampling import check_sampling
 from workers.losses.aggregation import Aggregation
 from workers.losses.config import (
@@ -110,6 +105,8 @@ def check_settings(role: str, config: RoleConfig) -> None:
             "actor.train.lora is set, but a recipe that only generates takes whole models; merge the "
             "adapter (python -m recipes.merge) and set model.path to the result"
         )
+    if isinstance(config, ActorConfig):
+        check_tolerances(role, config)
     if isinstance(config, ActorConfig) and config.critic_warmup_steps < 0:
         raise ValueError(
             f"{role}.critic_warmup_steps is {config.critic_warmup_steps}; use 0 or more"
@@ -118,6 +115,16 @@ def check_settings(role: str, config: RoleConfig) -> None:
         raise ValueError(f"{role}.num_epochs is {config.num_epochs}; use at least 1")
     if isinstance(config, PolicyConfig) and config.passes_per_batch < 1:
         raise ValueError(f"{role}.passes_per_batch is {config.passes_per_batch}; use at least 1")
+
+
+def check_tolerances(role: str, config: ActorConfig) -> None:
+    """A difference that counts as rounding is no less than 0; -1 stands for the precision's own."""
+    for name in ("probe_tolerance", "consistency_tolerance"):
+        value = vars(config)[name]
+        if value < 0 and value != -1:
+            raise ValueError(
+                f"{role}.{name} is {value}; use 0 or more, or -1 for that of the precision"
+            )
 
 
 def check_adapter_sync(role: str, config: ActorConfig) -> None:
@@ -152,7 +159,7 @@ def check_router_replay(role: str, config: ActorConfig) -> None:
 def check_train(field: str, config: TrainConfig) -> None:
     """`field` is the setting's name, such as actor.train."""
     engine = engine_class(config.engine, f"{field}.engine")
-    _check_library(f"{field}.engine", config.engine, engine.library, ENGINES)
+    check_library(f"{field}.engine", config.engine, engine.library, ENGINES)
     if sorted(config.rank_order) != sorted(AXES):
         raise ValueError(
             f"{field}.rank_order is {config.rank_order}; it must name each of {', '.join(AXES)} "
@@ -227,14 +234,6 @@ def check_lora(field: str, config: TrainConfig) -> None:
         raise ValueError(
             f"{field} is set, but engine {config.engine!r} trains no adapters; set "
             f"{field.removesuffix('.lora')}.engine to {' or '.join(usable)}"
-        )
-
-
-def _check_library(field: str, name: str, library: str, registry: Registry) -> None:
-    if find_spec(library) is None:
-        raise ValueError(
-            f"{field} is {name!r}, but {library} is not installed; install it, or choose another "
-            f"of {', '.join(registry)}"
         )
 
 
@@ -330,6 +329,10 @@ def check_algorithm(config: RunConfig, entry: AlgorithmEntry) -> None:
             f"actor.critic_warmup_steps is {config.actor.critic_warmup_steps}, but "
             f"{algorithm.name} has no critic; set it to 0"
         )
+    try:
+        check_sampling(config.loop.validation_sampling)
+    except ValueError as error:
+        raise ValueError(f"loop.validation_{error}") from None
     num_rows = config.data.batch_size * algorithm.samples_per_prompt
     if algorithm.num_mini_batches > num_rows:
         raise ValueError(
@@ -350,51 +353,6 @@ def check_algorithm(config: RunConfig, entry: AlgorithmEntry) -> None:
         raise ValueError(
             f"data.pretraining is {config.data.pretraining!r}, but {algorithm.name} trains on no "
             f"text; set it to null, or use {' or '.join(usable)}"
-        )
-
-
-def check_generation(role: str, config: GenerationConfig) -> None:
-    field = f"{role}.generation.engine"
-    engine = generation_engine_class(config.engine, field)
-    _check_library(field, config.engine, engine.library, GENERATION_ENGINES)
-    for name, value in (("tp", config.tp), ("pp", config.pp)):
-        if value < 1:
-            raise ValueError(f"{role}.generation.{name} is {value}; use at least 1")
-    try:
-        ask_engine(config.engine, "check", engine.check, config)
-    except ValueError as error:
-        raise ValueError(f"{role}.{error}") from None
-    try:
-        check_sampling(config.sampling)
-    except ValueError as error:
-        raise ValueError(f"{role}.generation.{error}") from None
-
-
-def check_generation_groups(pool: str, layouts: Mapping[str, Layout]) -> None:
-    """Roles of a pool whose generation engines share one set of groups in each process."""
-    for first, other in pairwise(layouts):
-        if any(
-            sorted(layouts[first].groups(axis)) != sorted(layouts[other].groups(axis))
-            for axis in ("tp", "pp")
-        ):
-            raise ValueError(
-                f"{other}.generation: {other} ({layouts[other]}) and {first} ({layouts[first]}) "
-                f"generate in pool {pool}, in groups of other ranks; set tp and pp of "
-                f"{other}.generation to those of {first}.generation, or give {other} a pool of "
-                "its own (placement=custom)"
-            )
-
-
-def check_generation_memory(pool: str, fractions: Mapping[str, float]) -> None:
-    """Each engine takes its share of a GPU's memory and keeps it."""
-    if sum(fractions.values()) >= 1:
-        listed = ", ".join(
-            f"{role}.generation.gpu_memory_fraction={fraction}"
-            for role, fraction in fractions.items()
-        )
-        raise ValueError(
-            f"pool {pool}: {listed} take all memory of a GPU; lower them, or give each a pool of "
-            "its own"
         )
 
 

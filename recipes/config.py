@@ -3,6 +3,7 @@ plain, nothing writes to it after that."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
@@ -222,6 +223,7 @@ class RunConfig:
             )
         resolve_references(self, self)
         check_seeds(self)
+        check_numbers(self)
         expand_paths(self, ["output_dir"], PATHS)
 
 
@@ -234,6 +236,8 @@ PATHS: PathFields = {
     MapperConfig: ("cluster", "calibration", "mapping"),
 }
 LARGEST_SEED = 2**63 - 1
+LIMITS = ("_s", "clip", "clip_high", "max_ratio", "high", "maximum")
+"""Ends of the names of settings that are limits: infinity lets everything through."""
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -259,6 +263,20 @@ def check_seeds(node: Any, prefix: str = "") -> None:
             check_seeds(value, f"{prefix}{field_.name}.")
         elif field_.name == "seed" and not 0 <= value <= LARGEST_SEED:
             raise ValueError(f"{prefix}seed is {value}; choose 0 to {LARGEST_SEED} (2**63 - 1)")
+
+
+def check_numbers(node: Any, prefix: str = "") -> None:
+    """A ValueError for NaN, which is neither above nor below any limit, for infinity where it is no
+    limit, and for whole numbers beyond 63 bits."""
+    for field_ in fields(node):
+        name, value = field_.name, vars(node)[field_.name]
+        if is_dataclass(value):
+            check_numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            if math.isnan(value) or value < 0 or not name.endswith(LIMITS):
+                raise ValueError(f"{prefix}{name} is {value}; use a finite number")
+        elif isinstance(value, int) and abs(value) > LARGEST_SEED:
+            raise ValueError(f"{prefix}{name} is {value}; use a number of at most 63 bits")
 
 
 def register() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from hybridflow.mapping.question.space import SearchSpace
+from hybridflow.registry import Registry
 from workers.config import TrainConfig
 from workers.engines import engine_class
 
@@ -58,3 +60,12 @@ def zero_stage_of(config: TrainConfig) -> int:
             "sharded), 1, 2 and 3 (weights too)"
         )
     return int(stage)
+
+
+def check_library(field: str, name: str, library: str, registry: Registry) -> None:
+    """The engine's library is installed; `registry` lists the engines that there are."""
+    if find_spec(library) is None:
+        raise ValueError(
+            f"{field} is {name!r}, but {library} is not installed; install it, or choose another "
+            f"of {', '.join(registry)}"
+        )

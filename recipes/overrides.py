@@ -146,6 +146,8 @@ def join_tables(arguments: Sequence[str]) -> list[str]:
         if table is not None:
             insert(tables.setdefault(table, {}), name.removeprefix(f"{table}."), value, argument)
         else:
+            if name in TABLES and argument.endswith("=null"):
+                raise ValueError(f"{argument}: it can't be null; leave it out for its default")
             if name in TABLES:
                 argument = f"+{argument}"
             elif name.startswith(OPTIONS):

@@ -19,11 +19,10 @@ from hybridflow.layout import Layout
 from hybridflow.wording import counted
 from recipes.checks import (
     check_algorithm,
-    check_generation_groups,
-    check_generation_memory,
     check_settings,
 )
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
+from recipes.generation_checks import check_generation_groups, check_generation_memory
 from recipes.model_checks import check_model
 from recipes.roles import GENERATION, Role, role_kind, role_names, section_of
 from workers.config import ModelConfig

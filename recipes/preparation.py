@@ -57,6 +57,7 @@ from recipes.text_settings import (
     with_text,
 )
 from recipes.trial import try_policy_loss
+from recipes.unread import check_unread
 from workers.agents.workers import EpisodeActor
 from workers.columns import IMAGES
 from workers.config import ModelConfig, Precision
@@ -118,9 +119,10 @@ class Preparation:
 
 def prepare(config: RunConfig) -> Preparation:
     """Every mistake that can be found before a process starts is a ValueError here."""
-    precisions = automatic(config)
+    precisions, given = automatic(config), config
     config = with_native_precision(config, config.device.value)
     placement = place(config)
+    check_unread(given)
     for name in placement.role_names:
         if not role_kind(name).needed(config):
             LOGGER.info("no %s model: no coefficient asks for it", name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar
 
+from hybridflow.wording import counted
 from recipes.config import RunConfig
 from workers.config import LearningRateSchedule
 from workers.role_config import ActorConfig, CriticConfig, PolicyConfig, PreferenceConfig
@@ -18,7 +19,13 @@ def with_schedules(config: RunConfig, num_steps: int) -> RunConfig:
     steps."""
     mini_batches = config.algorithm.num_mini_batches
     actor, critic, cost_critic = config.actor, config.critic, config.cost_critic
-    actor_updates = max(num_steps - actor.critic_warmup_steps, 0)
+    if actor.critic_warmup_steps >= num_steps:
+        raise ValueError(
+            f"actor.critic_warmup_steps is {actor.critic_warmup_steps} in a run of "
+            f"{counted(num_steps, 'steps')}, which would never train the actor; lower it, or raise "
+            "loop.num_steps"
+        )
+    actor_updates = num_steps - actor.critic_warmup_steps
     return replace(
         config,
         actor=with_total_steps(actor, actor_updates * actor.num_epochs * mini_batches),

@@ -66,12 +66,17 @@ def with_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunConfi
 def with_date(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunConfig:
     """The settings with data.date filled in where the chat template (or the judge's) writes the day's
     date: the day of the run that goes on, else today."""
-    if config.data.date is not None:
-        return config
     templates = [settled_template(tokenizer, config.data)]
     if config.judge.model.path != NO_MODEL:
         templates.append(load_tokenizer(config.judge.model).chat_template)
     if not any(map(writes_the_date, templates)):
+        if config.data.date is not None:
+            raise ValueError(
+                f"data.date is {config.data.date!r}, which nothing reads: no chat template of this run "
+                "writes the day's date; leave it out"
+            )
+        return config
+    if config.data.date is not None:
         return config
     day, settings = None, Path(config.output_dir) / CONFIG
     goes_on = config.algorithm.name not in QUESTIONS and config.loop.resume != "never"

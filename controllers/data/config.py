@@ -134,7 +134,12 @@ class DataConfig:
             raise ValueError(f"data.seed is {self.seed}, its own or the run's seed; use 0 or more")
         for name in ("train", "validation", "pretraining"):
             if vars(self)[name] is not None or name == "train":
-                sources(f"data.{name}", vars(self)[name])
+                places = sources(f"data.{name}", vars(self)[name])
+                if name == "validation" and any(place.weight is not None for place in places):
+                    raise ValueError(
+                        f"data.validation is {self.validation}: every held-out row is used once, so that "
+                        "nothing reads a weight; leave it out"
+                    )
         self._check_pass_rate()
         taken = [
             name

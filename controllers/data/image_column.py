@@ -67,13 +67,15 @@ def every_column(row: SourceRow, config: DataConfig) -> list[ColumnImages]:
 
 
 class NamedColumn:
-    """Whether any row has the column that data.images_column was set to.
+    """Whether any row has the column that data.images_column or data.tools_column was set to.
 
-    column = NamedColumn(config, "data.train"); column.look_at(rows); ...; column.check()
+    column = NamedColumn("images", config, "data.train"); column.look_at(rows); ...; column.check()
     """
 
-    def __init__(self, config: DataConfig, field: str) -> None:
-        self._name = None if is_usual(config) else config.images_column
+    def __init__(self, kind: str, config: DataConfig, field: str) -> None:
+        """`kind`: images or tools, which is what the column is called as it comes."""
+        name: str | None = vars(config)[f"{kind}_column"]
+        self._kind, self._name = kind, None if name == kind else name
         self._field, self._found = field, False
 
     def look_at(self, rows: Sequence[SourceRow]) -> None:
@@ -86,8 +88,8 @@ class NamedColumn:
         if self._name is None or self._found:
             return
         problem = (
-            f"data.images_column is {self._name!r}, and no row of {self._field} has it; set it to the "
-            "column of the images, or to null"
+            f"data.{self._kind}_column is {self._name!r}, and no row of {self._field} has it; set it "
+            f"to the column of the {self._kind}, or to null"
         )
         if self._field == "data.train":
             raise ValueError(problem)

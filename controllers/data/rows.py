@@ -105,11 +105,12 @@ class RowDataset(ABC):
             writer.check = VocabularyCheck(tokenizer, vocabulary)
             encode = cls.encoder(tokenizer, config, images)
             unread: dict[str, None] = {}
-            column = NamedColumn(config, field)
+            columns_set = [NamedColumn(kind, config, field) for kind in ("images", "tools")]
             for source in sources(field, where):
                 writer.begin(source)
                 for rows in _chunks(read(source.place, field)):
-                    column.look_at(rows)
+                    for column in columns_set:
+                        column.look_at(rows)
                     for row, encoded in zip(rows, encode(rows), strict=True):
                         writer.add(row, encoded)
                         unread |= dict.fromkeys(row.values.keys() - cls.columns_read(config, row))
@@ -117,7 +118,8 @@ class RowDataset(ABC):
                 LOGGER.warning(
                     "data %s: nothing reads the columns %s", where, ", ".join(sorted(unread))
                 )
-            column.check()
+            for column in columns_set:
+                column.check()
             return cls.of(writer.finish(where))
 
     @classmethod

@@ -345,6 +345,11 @@ def settled_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> 
                 "path of a Jinja template"
             )
         template = path.read_text(encoding="utf-8")
+    if template is None and config.chat_template_options:
+        raise ValueError(
+            f"data.chat_template_options is {config.chat_template_options}, which nothing reads without a "
+            "chat template, and the tokenizer has none; set data.chat_template, or leave it out"
+        )
     return bake_options(template, config.chat_template_options)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from hybridflow.mapping.question.space import SearchSpace
-from recipes.checks import check_generation, check_train
+from recipes.checks import check_train
 from recipes.engine_facts import limited_space, zero_stage_of
+from recipes.generation_checks import check_generation
 from recipes.trial import try_policy_loss
 from workers.config import TrainConfig
 from workers.generation.config import GenerationConfig

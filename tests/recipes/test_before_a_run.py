@@ -3,6 +3,7 @@ resumed run begins."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from recipes.config import RunConfig
 from recipes.main import recipe
 from recipes.run import run
 from recipes.session import start_step
+from recipes.unread import check_unread
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
 ROOT = Path(__file__).parents[2]
@@ -96,3 +98,108 @@ def test_the_command_for_real(required: list[str], tmp_path: Path) -> None:
         "error: reward.function='no.such:f': module 'no.such' can't be imported"
     )
     assert not (tmp_path / "run").exists()
+
+
+COSINE = "actor.train.optimizer.schedule=cosine"
+UNREAD: dict[str, tuple[str, list[str], list[str], str]] = {
+    "look ahead of nothing": (
+        "grpo",
+        ["asynchrony.look_ahead=0.5"],
+        ["asynchrony.staleness=1"],
+        "asynchrony.look_ahead is 0.5, which nothing reads with asynchrony.staleness=0; set "
+        "asynchrony.staleness=1, or leave it out",
+    ),
+    "rows in flight of nothing": (
+        "grpo",
+        ["asynchrony.in_flight=keep"],
+        ["asynchrony.staleness=1"],
+        "asynchrony.in_flight is 'keep', which nothing reads with asynchrony.staleness=0",
+    ),
+    "a reward that is never measured": (
+        "grpo",
+        ["loop.stop_at_reward=0.5"],
+        ["data.validation=held-out.jsonl"],
+        "loop.stop_at_reward is 0.5, which nothing reads without data.validation",
+    ),
+    "validations of no data": (
+        "sft",
+        ["loop.validate_every=2"],
+        ["data.validation=held-out.jsonl"],
+        "loop.validate_every is 2, which nothing reads without data.validation",
+    ),
+    "draws of a greedy validation": (
+        "grpo",
+        ["data.validation=held-out.jsonl", "loop.validation_sampling.top_p=0.5"],
+        ["loop.validation_sampling.greedy=false"],
+        "loop.validation_sampling.top_p is 0.5, which nothing reads with "
+        "loop.validation_sampling.greedy=true; set loop.validation_sampling.greedy=false",
+    ),
+    "draws of a greedy evaluation": (
+        "evaluate",
+        ["actor.generation.sampling.temperature=0.5"],
+        ["actor.generation.sampling.greedy=false"],
+        "actor.generation.sampling.temperature is 0.5, which nothing reads with "
+        "actor.generation.sampling.greedy=true",
+    ),
+    "another length in validation": (
+        "grpo",
+        ["data.validation=held-out.jsonl", "loop.validation_sampling.max_response_tokens=4"],
+        ["actor.generation.sampling.max_response_tokens=4"],
+        "loop.validation_sampling.max_response_tokens is 4, which nothing reads beside that of",
+    ),
+    "the end of no schedule": (
+        "grpo",
+        ["actor.train.optimizer.total_steps=9"],
+        [COSINE],
+        "actor.train.optimizer.total_steps is 9, which nothing reads with "
+        "actor.train.optimizer.schedule=constant",
+    ),
+    "a setting of another engine": (
+        "ppo",
+        ["critic.train.zero_stage=3"],
+        ["critic.train.engine=deepspeed"],
+        "critic.train.zero_stage is 3, which nothing reads with critic.train.engine=fsdp; set "
+        "critic.train.engine=deepspeed",
+    ),
+    "a layout of a function": (
+        "grpo",
+        ["reward.train.tp=2"],
+        ["reward.function=null", "reward.model.path=${model.path}"],
+        "reward.train.tp is 2, which nothing reads with reward.function; set reward.model.path",
+    ),
+    "a judge that does not write": (
+        "generative_reward",
+        ["judge.generation.max_num_seqs=2"],
+        ["judge.verdict=written"],
+        "judge.generation.max_num_seqs is 2, which nothing reads with judge.verdict=probability",
+    ),
+    "a plan that nobody asks for": (
+        "grpo",
+        ["plan.split_generation=true"],
+        ["placement=auto"],
+        "plan.split_generation is True, which nothing reads with placement=colocated",
+    ),
+    "a constant that divides nothing": (
+        "ppo",
+        ["critic.loss.aggregation_constant=9"],
+        ["critic.loss.aggregation=constant"],
+        "critic.loss.aggregation_constant is 9, which nothing reads with "
+        "critic.loss.aggregation=token_mean",
+    ),
+}
+"""(recipe, a setting without a reader, settings that give it one, the message)"""
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_a_setting_that_nothing_reads_is_refused(
+    case: str, settings: Callable[..., RunConfig]
+) -> None:
+    recipe, unread, readers, message = UNREAD[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_unread(settings(recipe, *unread))
+    check_unread(settings(recipe, *unread, *readers))
+
+
+def test_a_dry_run_refuses_what_nothing_reads(settings: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ValueError, match=r"asynchrony\.slice_steps is 4, which nothing reads"):
+        run(settings("grpo", "dry_run=true", "asynchrony.slice_steps=4"))

@@ -20,6 +20,7 @@ from recipes.placing import place
 from recipes.preparation import check_dataflow
 from recipes.quickstart.settings import SETTINGS, devices
 from recipes.schedules import with_schedules
+from recipes.unread import check_unread
 from tests.recipes.conftest import yaml_files
 from workers.actor import ActorWorker
 from workers.reward import FunctionRewardWorker, ModelRewardWorker
@@ -54,6 +55,7 @@ def test_every_recipe_becomes_plain_dataclasses_and_passes_its_own_checks(
     kl = ["actor.loss.kl_coefficient=0.1"] if "reference" in ENTRIES[recipe].roles else []
     config = settings(recipe, *kl)
     check_plain(config, recipe)
+    check_unread(config)
     assert type(config) is RunConfig
     assert type(config.algorithm) is ENTRIES[recipe].load_config(), (
         "the algorithm's own class, not its base"

@@ -119,11 +119,9 @@ class PolicyLossConfig:
                 f"actor.loss.aggregation_constant is {self.aggregation_constant}; aggregation "
                 "'constant' needs the longest response allowed, in tokens"
             )
-        if self.kl_coefficient < 0 or self.pretraining_coefficient < 0:
-            raise ValueError(
-                f"actor.loss.kl_coefficient is {self.kl_coefficient} and "
-                f"actor.loss.pretraining_coefficient {self.pretraining_coefficient}; use 0 or more"
-            )
+        for name in ("kl_coefficient", "kl_cov_coefficient", "pretraining_coefficient"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"actor.loss.{name} is {vars(self)[name]}; use 0 or more")
 
 
 @dataclass(kw_only=True)
@@ -143,6 +141,11 @@ class ValueLossConfig:
             raise ValueError(
                 f"critic.loss.clip is {self.clip}; choose more than 0, or 0 for an unclipped "
                 "value loss"
+            )
+        if self.aggregation is Aggregation.constant and self.aggregation_constant < 1:
+            raise ValueError(
+                f"critic.loss.aggregation_constant is {self.aggregation_constant}; aggregation "
+                "'constant' needs the longest response allowed, in tokens"
             )
 
 

@@ -65,6 +65,11 @@ class CombinedReward:
             if not callable(found):
                 raise ValueError(f"{where}={function!r} is {kind_of(found)}, not a function")
             self.parts[name] = (found, weight, dict(options))
+        if not any(weight for _, weight, _ in self.parts.values()):
+            raise ValueError(
+                f"{role}.parts: every weight is 0 ({', '.join(self.parts)}), so that the {self.key} would "
+                "always be 0; give one another weight"
+            )
 
     def check_columns(self, names: Iterable[str]) -> None:
         """Whether each part can be called with rows that have these columns; a ValueError names

@@ -93,6 +93,10 @@ def check_optimizer_config(config: OptimizerConfig) -> None:
             raise ValueError(f"optimizer.{name} is {value}; choose 0 <= {name} < 1")
     if config.epsilon <= 0:
         raise ValueError(f"optimizer.epsilon is {config.epsilon}; use more than 0")
+    if not 0 <= config.min_learning_rate_fraction <= 1:
+        raise ValueError(
+            f"optimizer.min_learning_rate_fraction is {config.min_learning_rate_fraction}; choose 0 to 1"
+        )
     if (
         config.schedule is not LearningRateSchedule.constant
         and config.total_steps <= config.warmup_steps
