@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from controllers import algorithm_entry
 from controllers.data import PromptDataset, RowDataset, load_tokenizer
 from recipes.config import RunConfig
+from recipes.generation_checks import check_token_ids
 from recipes.model_checks import most_tokens
 from recipes.roles import SCORERS, Role, role_kind, role_names
 from workers.config import ModelConfig
 from workers.engines.base import Head
-from workers.engines.model.loading import position_limit
+from workers.engines.model.loading import model_config, position_limit
 from workers.reward_function import check_columns, resolve
 from workers.rewards.answers import check_answers
 from workers.role_config import ActorConfig, JudgeConfig
@@ -41,6 +42,14 @@ def check_columns_of(config: RunConfig, name: str, field: str, rows: PromptDatas
             check_columns(function, columns, role)
             places = ((rows.place(i), rows.column_values(i)) for i in range(len(rows)))
             check_answers(resolve(function, role), places, field)
+
+
+def check_validation_stops(config: RunConfig, roles: Sequence[Role]) -> None:
+    """Validation's own stop tokens are tokens of the policy."""
+    stops = config.loop.validation_sampling.stop_token_ids
+    if stops and any(role.name == "actor" for role in roles):
+        size = int(model_config(config.model, Head.lm).get_text_config().vocab_size)
+        check_token_ids("loop.validation_sampling.stop_token_ids", stops, size)
 
 
 def check_template(config: JudgeConfig, names: Set[str]) -> None:

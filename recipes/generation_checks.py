@@ -5,7 +5,7 @@ Every problem is a ValueError with field, value and fix. Leaves out what needs t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from hybridflow.layout import Layout
@@ -69,3 +69,12 @@ def check_generation_memory(pool: str, fractions: Mapping[str, float]) -> None:
             f"pool {pool}: {listed} take all memory of a GPU; lower them, or give each a pool of "
             "its own"
         )
+
+
+def check_token_ids(field: str, token_ids: Sequence[int], size: int) -> None:
+    """Each stands for one of the `size` tokens that the model can draw."""
+    for token_id in token_ids:
+        if not 0 <= token_id < size:
+            raise ValueError(
+                f"{field} has {token_id}, and the model's tokens are 0 to {size - 1}; correct it"
+            )

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from recipes.checks import RoleConfig
 from recipes.engine_facts import ask_engine
+from recipes.generation_checks import check_token_ids
 from recipes.image_layouts import check_image_layout
 from recipes.roles import GENERATOR, section_of
 from workers.adapter_sync import sends_adapter
@@ -75,6 +76,9 @@ def _check_generation_sizes(
     role: str, model: ModelConfig, config: GenerationConfig, *, synced: bool
 ) -> None:
     """`synced`: the engine gets its weights from a trainer."""
+    size = int(model_config(model, Head.lm).get_text_config().vocab_size)
+    check_token_ids("generation.sampling.stop_token_ids", config.sampling.stop_token_ids, size)
+    check_token_ids("model.end_token_ids", model.end_token_ids or [], size)
     refused = _refusal(config.engine, model, config, synced=synced)
     if ANOTHER in refused:
         refused = _without_way_out(refused, model, config, synced=synced)

@@ -28,6 +28,7 @@ from recipes.compatibility import (
     check_context_lengths,
     check_prompts,
     check_text,
+    check_validation_stops,
     check_vocabularies,
     log_overlap,
 )
@@ -119,10 +120,10 @@ class Preparation:
 
 def prepare(config: RunConfig) -> Preparation:
     """Every mistake that can be found before a process starts is a ValueError here."""
-    precisions, given = automatic(config), config
+    precisions, written = automatic(config), config
     config = with_native_precision(config, config.device.value)
     placement = place(config)
-    check_unread(given)
+    check_unread(written)
     for name in placement.role_names:
         if not role_kind(name).needed(config):
             LOGGER.info("no %s model: no coefficient asks for it", name)
@@ -139,6 +140,7 @@ def prepare(config: RunConfig) -> Preparation:
     config = with_date(with_text(config, tokenizer), tokenizer)
     check_template(config, tokenizer)
     placement = place(config)
+    check_validation_stops(config, placement.roles)
     check_vocabularies(config, placement.roles, tokenizer)
     log_left_out(placement.roles, config)
     log_other_sampling(placement.roles)

@@ -18,7 +18,7 @@ from hybridflow.registry import load_object
 from hybridflow.wording import kind_of
 from workers.rewards.code import code
 from workers.rewards.combined import CombinedReward
-from workers.rewards.other_tools import rewritten
+from workers.rewards.other_tools import reads_another_tools, rewritten
 from workers.rewards.sandbox import SandboxError
 from workers.rewards.sandbox.mode import Sandbox, use_sandbox
 from workers.rewards.values import LARGEST, STATISTICS, as_number, shortened
@@ -88,6 +88,9 @@ def check_columns(function: str | RewardFunction, names: Iterable[str], role: st
         function.check_columns(given)
         return
     reward = resolve(function, role)
+    if reads_another_tools(reward, given):
+        message = rewritten(reward, set(given))
+        raise ValueError(f"{role}.function={function_name(function)!r} {message}")
     try:
         inspect.signature(reward).bind(**given)
     except TypeError as error:

@@ -135,20 +135,27 @@ def read_csv(path: Path, file: BinaryIO) -> Iterator[SourceRow]:
     """A first line of names, and rows of texts; an empty cell holds null."""
     csv.field_size_limit(MOST_CELL_CHARACTERS)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    reader = csv.DictReader(text, strict=True)
+    reader = csv.reader(text, strict=True)
+    line = 1
     try:
-        check_names(f"{path}, line 1", reader.fieldnames or ())
-        for values in reader:
-            place = f"{path}, line {reader.line_num}"
-            if None in values or None in values.values():
-                num_cells = len([cell for cell in values.values() if cell is not None])
-                num_cells += len(values.get(None) or ()) - (None in values)
+        names = next(reader, [])
+        check_names(f"{path}, line 1", names)
+        while True:
+            line = reader.line_num + 1
+            cells = next(reader, None)
+            if cells is None:
+                return
+            if not cells:  # an empty line
+                continue
+            place = f"{path}, line {line}"
+            if len(cells) != len(names):
                 raise ValueError(
-                    f"{place}: {num_cells} cells, and the first line has "
-                    f"{len(reader.fieldnames or ())}; correct the row (text with commas or quotes "
-                    'stands in quotes, and a quote in it is "")'
+                    f"{place}: {len(cells)} cells, and the first line has {len(names)}; correct the row "
+                    '(text with commas or quotes stands in quotes, and a quote in it is "")'
                 )
-            yield SourceRow(place, {name: cell or None for name, cell in values.items()})
+            yield SourceRow(
+                place, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+            )
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}, after line {reader.line_num}: not UTF-8 text ({error}); save the file as "
@@ -156,7 +163,7 @@ def read_csv(path: Path, file: BinaryIO) -> Iterator[SourceRow]:
         ) from error
     except csv.Error as error:
         raise ValueError(
-            f"{path}, after line {reader.line_num}: {error}; correct the row (a quote in quoted text is "
+            f"{path}, line {line}: {error}; correct the row (a quote in quoted text is "
             '"", without a backslash)'
         ) from error
 

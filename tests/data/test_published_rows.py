@@ -315,9 +315,9 @@ def test_tools_as_json_texts_and_broken_ones(
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ('"a \\"b\\" c",1\n', "after line 1: ',' expected after '\"'"),
-        ('"a,1\nb,2\n', "after line 1: unexpected end of data"),
-        ('"a"b,1\n', "after line 1: ',' expected after '\"'"),
+        ('"a \\"b\\" c",1\n', "line 2: ',' expected after '\"'"),
+        ('"a,1\nb,2\n', "line 2: unexpected end of data"),
+        ('"a"b,1\n', "line 2: ',' expected after '\"'"),
     ],
 )
 def test_quotes_of_a_csv_are_never_guessed(tmp_path: Path, cell: str, message: str) -> None:

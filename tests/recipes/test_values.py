@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from controllers.data import DataConfig
 from recipes.arguments import read_arguments
+from recipes.checks import check_settings
 from recipes.composing import RecipeFile, compose, to_settings
 from recipes.config import RunConfig
 from recipes.override_values import quote_values, quoted
 from recipes.plan import PATHS, PlanConfig
 from recipes.python_settings import make_settings
+from recipes.roles import scorer_settings
 from workers.config import ModelConfig
 
 STOP = "actor.generation.sampling.stop_strings"
@@ -190,3 +194,45 @@ def test_b90_what_hydra_still_refuses_is_one_line() -> None:
 def test_b91_an_unknown_reference_says_how_a_variable_is_written() -> None:
     with pytest.raises(ValueError, match=r"^output_dir: .*'HOME' not found; .*written \$NAME$"):
         settings("output_dir=${HOME}/x")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("actor.loss.entropy_coefficient=nan", "is nan; use a finite number"),
+        ("actor.loss.kl_coefficient=inf", "is inf; use a finite number"),
+        ("actor.loss.clip_high=-inf", "is -inf; the ratio"),
+        ("actor.loss.kl_cov_coefficient=-1", "is -1.0; use 0 or more"),
+        ("data.batch_size=99999999999999999999", "use a number of at most 63 bits"),
+        ("loop.keep_best=-1", "is -1; use 0 or more"),
+        ("cluster.dashboard_port=70000", "is 70000; use a port, 1 to 65535"),
+        ("actor.generation.max_num_seqs=0", "is 0; use at least 1"),
+        ("actor.generation.gpu_memory_fraction=5", "is 5.0; use a share"),
+        ("actor.generation.sampling.temperature=inf", "is inf; use a finite number"),
+        ("actor.probe_tolerance=-5", "is -5.0; use 0 or more, or -1"),
+        ("actor.train.optimizer.min_learning_rate_fraction=2", "is 2.0; choose 0 to 1"),
+        ("data.validation=[{path: a, weight: 2}]", ".* nothing reads a weight; leave it out"),
+        ("reward.parts=null", "=null: it can't be null; leave it out"),
+    ],
+)
+def test_a_number_out_of_range_is_named(argument: str, message: str) -> None:
+    name = argument.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)}\b.*{message}"):
+        check_settings("actor", settings(argument).actor)
+
+
+def test_infinity_is_a_limit_that_lets_everything_through() -> None:
+    config = settings("actor.loss.clip_high=inf", "call_timeout_s=inf")
+    assert config.actor.loss.clip_high == config.call_timeout_s == math.inf
+    check_settings("actor", config.actor)
+
+
+def test_a_critics_constant_is_a_number_of_tokens() -> None:
+    with pytest.raises(ValueError, match=r"^critic\.loss\.aggregation_constant is 0; .*in tokens$"):
+        settings("critic.loss.aggregation=constant", recipe="ppo")
+
+
+def test_rewards_of_weight_0_alone_teach_nothing() -> None:
+    config = settings("reward.parts={a: {function: 'workers.rewards:math', weight: 0}}")
+    with pytest.raises(ValueError, match=r"^reward\.parts: every weight is 0 \(a\), so that"):
+        scorer_settings(config, config.reward)

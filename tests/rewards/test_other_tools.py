@@ -66,6 +66,14 @@ def of_openrlhf(queries: list[str], prompts: list[str], labels: list[str]) -> li
     return [len(text) * float(label) for text, label in zip(texts, labels, strict=True)]
 
 
+def of_trl_in_one_piece(**kwargs: Any) -> list[float]:
+    return [float(len(text)) for text in kwargs["completions"]]
+
+
+def of_verl_in_one_piece(**kwargs: Any) -> float:
+    return kwargs["solution_str"].endswith(kwargs["ground_truth"]) / 8
+
+
 FUNCTIONS: list[tuple[Callable[..., Any], str, float]] = [
     (compute_score, "verl", 0.5),
     (compute_score_of_two, "verl", 0.25),
@@ -74,6 +82,8 @@ FUNCTIONS: list[tuple[Callable[..., Any], str, float]] = [
     (of_trl, "TRL", 1.0),
     (of_trl_by_name, "TRL", 7 / 5),
     (of_openrlhf, "OpenRLHF", 28.0),
+    (of_trl_in_one_piece, "TRL", 7.0),
+    (of_verl_in_one_piece, "verl", 0.125),
 ]
 
 
@@ -121,3 +131,13 @@ def test_columns_of_the_data_are_nobody_elses() -> None:
 
     check_columns(own, ["completions"], "reward")
     assert score_rows(own, [ROW | {"completions": 2}]) == [(2.0, {})]
+
+
+def test_a_function_of_several_tools_is_left_alone() -> None:
+    def asks(**columns: Any) -> float:
+        if "completions" in columns:
+            return float(len(columns["completions"][0]))
+        return float(len(columns.get("queries") or columns["response"]))
+
+    check_columns(asks, ["answer"], "reward")
+    assert score_rows(asks, [ROW]) == [(float(len(ROW["response"])), {})]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -25,8 +24,8 @@ def check_sampling(sampling: SamplingConfig) -> None:
         (
             "temperature",
             sampling.temperature,
-            sampling.greedy or 0 < sampling.temperature < math.inf,
-            "a finite value over 0, or greedy=true",
+            sampling.greedy or sampling.temperature > 0,
+            "a value over 0, or greedy=true",
         ),
         ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "a value in (0, 1]"),
         ("top_k", sampling.top_k, sampling.top_k >= 0, "0 (all tokens) or more"),

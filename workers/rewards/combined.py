@@ -11,7 +11,7 @@ from typing import Any
 
 from hybridflow.registry import load_object
 from hybridflow.wording import kind_of
-from workers.rewards.other_tools import rewritten
+from workers.rewards.other_tools import reads_another_tools, rewritten
 from workers.rewards.values import STATISTICS, as_number, shortened
 
 
@@ -76,6 +76,9 @@ class CombinedReward:
         the part."""
         for name, (function, _, options) in self.parts.items():
             given = dict.fromkeys(names) | options
+            if reads_another_tools(function, given):
+                message = rewritten(function, set(given))
+                raise ValueError(f"{self.role}.parts.{name}.function {message}")
             try:
                 inspect.signature(function).bind(**given)
             except TypeError as error:

@@ -6,8 +6,9 @@ they return differs. A message shows what to write instead.
 
 from __future__ import annotations
 
+import dis
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 OF_ONE = {
@@ -40,7 +41,10 @@ OWNERS = {
 def rewritten(function: Callable[..., Any], columns: set[str]) -> str | None:
     """The end of a message about a function with another tool's parameters: what to write; None for
     any other. `columns`: those of the data, whose names are nobody else's."""
-    parameters = inspect.signature(function).parameters
+    parameters = dict(inspect.signature(function).parameters)
+    for key in keys_read(function):
+        if key in OF_ONE or key in OF_LISTS:
+            parameters[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY)
     owners = [OWNERS[name] for name in parameters if name in OWNERS and name not in columns]
     if not owners:
         return None
@@ -61,6 +65,33 @@ def rewritten(function: Callable[..., Any], columns: set[str]) -> str | None:
         f"has {owners[0]}'s parameters; give a function that calls it: def reward(*, prompt, response, "
         f"**columns): return {call}"
     )
+
+
+def reads_another_tools(function: Callable[..., Any], columns: Container[str]) -> bool:
+    """Whether it takes another tool's parameter out of its keyword arguments, which have none of
+    that name: it can be called, and fails at the first row."""
+    return any(key in OWNERS and key not in columns for key in keys_read(function))
+
+
+def keys_read(function: Callable[..., Any]) -> list[str]:
+    """The keys that its code takes from its keyword arguments and does not ask for first:
+    ["completions"] of def f(**arguments): arguments["completions"]."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    rest = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if _takes_the_rest(parameter)
+    ]
+    if code is None or not rest:
+        return []
+    read, tested = [], set()
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "RESUME")]
+    for first, second, third in zip(steps, steps[1:], steps[2:], strict=False):
+        if third.opname.startswith("BINARY") and first.argval == rest[0]:
+            read.append(second.argval)
+        if third.opname == "CONTAINS_OP" and second.argval == rest[0]:
+            tested.add(first.argval)
+    return [key for key in read if isinstance(key, str) and key not in tested]
 
 
 def _argument(name: str, listed: bool) -> str:
