@@ -16,7 +16,7 @@ from typing import Any
 from controllers import QUESTIONS, algorithm_entry
 from controllers.algorithm_base import AlgorithmConfig
 from recipes.config import NO_MODEL, PlacementMode, RunConfig
-from recipes.roles import role_kind, role_names
+from recipes.roles import role_kind, role_names, section_of
 from workers.config import LearningRateSchedule, OnNonfinite
 from workers.engines import ENGINES
 from workers.losses.aggregation import Aggregation
@@ -70,7 +70,7 @@ def unread_settings(config: RunConfig) -> Iterator[Unread]:
     names = set()
     for name in role_names(config):
         if role_kind(name).needed(config):
-            names.add("actor" if name == "generator" else name)
+            names.add(section_of(name))
     yield from _of_the_run(config)
     yield from _of_sampling(config, names)
     for name in sorted(names & set(vars(config))):
