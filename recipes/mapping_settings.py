@@ -17,6 +17,7 @@ from typing import Any
 
 from controllers.data import PromptDataset
 from hybridflow.dataflow import CallKind, Dataflow
+from hybridflow.devices import preloaded_allocator
 from hybridflow.mapping.answer.device_mapping import DeviceMapping, Pool, RolePlan
 from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
 from hybridflow.mapping.question.model import ModelSpec
@@ -165,6 +166,7 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
             logits_at_once=float(CHUNK_ELEMENTS),
             logits_in_parts=True,
             generation_library=engine.library != "torch",
+            preloaded_allocator=bool(preloaded_allocator()),
             repacked_generation=engine.releases,
         )
     return limited_space(actor.train.engine, space)

@@ -484,5 +484,8 @@ def test_a_cpu_process_is_its_calls_bytes_and_its_own(paper_setting):
     assert mapping.process_bytes == {"all": pytest.approx(without + CPU.library_bytes)}
     own = replace(cpus, space=replace(cpus.space, generation_library=False))
     assert predict(own, pools, roles).process_bytes == {"all": pytest.approx(without)}
+    preloaded = replace(own, space=replace(own.space, preloaded_allocator=True))
+    less = (CPU.allocator_overhead - CPU.preloaded_overhead) * mapping.peak_bytes("all")
+    assert predict(preloaded, pools, roles).process_bytes == {"all": pytest.approx(without - less)}
     assert "a process of pool all: " in mapping_report(mapping)
     assert DeviceMapping.from_json(json.loads(json.dumps(mapping.to_json()))) == mapping

@@ -85,9 +85,12 @@ def _process_bytes(setting: Setting, mapping: DeviceMapping) -> dict[str, float]
     constants = setting.calibration
     if not constants.process_bytes:
         return {}
+    overhead = constants.allocator_overhead
+    if setting.space.preloaded_allocator:
+        overhead = constants.preloaded_overhead
     sizes = {}
     for pool in mapping.pools:
-        in_use = (1.0 + constants.allocator_overhead) * mapping.peak_bytes(pool.name)
+        in_use = (1.0 + overhead) * mapping.peak_bytes(pool.name)
         library = 0.0
         if setting.space.generation_library and any(map(setting.generates, pool.roles)):
             library = constants.library_bytes

@@ -98,8 +98,10 @@ class Calibration:
     """The same for what a generation engine's library adds to it (vLLM: its modules, and what it
     makes beside weights and cache)."""
     allocator_overhead: float = 0.0
-    """Freed memory between pieces in use that the allocator can't give out again, as a share of
-    what is in use."""
+    """Freed memory between pieces in use that the C library's allocator can't give out again, as a
+    share of what is in use."""
+    preloaded_overhead: float = 0.0
+    """The same of tcmalloc, which hosts use where it is installed."""
     reserved_bytes: float = 2.0e9
     """Context and communication buffers of one process."""
 
@@ -162,6 +164,7 @@ CPU = Calibration(
     process_bytes=3.4e8,
     library_bytes=1.9e8,
     allocator_overhead=0.2,
+    preloaded_overhead=0.14,
 )
 """Constants for CPU processes with one thread each and bf16, measured by recipes.calibrate on
 the two cores of an AMD EPYC without AMX."""

@@ -100,6 +100,8 @@ class SearchSpace:
     generation_library: bool = True
     """The generation engine is a library of its own (vLLM), which every process that generates
     imports."""
+    preloaded_allocator: bool = False
+    """Hosts on CPUs use tcmalloc, which is installed."""
     repacked_generation: bool = False
     """The generation engine computes with a repacked copy of its weights (vLLM on a CPU): a sync
     needs the weights twice unless the engine was asleep, and a tied head is a copy."""

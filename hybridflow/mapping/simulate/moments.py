@@ -114,7 +114,11 @@ def _moments(
     """The moments of a micro-batch of so many tokens; `earlier`: there were others before it."""
     stored = Stored.of(model, layout, space, workload, backward=True, tokens=tokens)
     in_flight = min(layout.p, num_micro_batches)
-    gather = Footprint(activations=stored.layers + stored.norm, logits=stored.read_logits)
+    gather = Footprint(
+        activations=stored.layers + stored.norm,
+        logits=stored.read_logits,
+        buffers=stored.inner,
+    )
     if not earlier:
         gather += _arriving(model, layout, space, workload)
     head = Footprint(
@@ -122,8 +126,9 @@ def _moments(
         logits=stored.logits,
         buffers=_head_gradient(model, layout, space),
     )
-    first = Footprint(activations=stored.with_layer(in_flight * stored.layers, layout))
-    last = Footprint(activations=stored.with_layer(stored.of_a_layer, layout))
+    in_layers = Footprint(buffers=2 * stored.inner)
+    first = in_layers + Footprint(activations=stored.with_layer(in_flight * stored.layers, layout))
+    last = in_layers + Footprint(activations=stored.with_layer(stored.of_a_layer, layout))
     if layout.offload_activations:
         last = first
     end = Footprint(activations=(in_flight - 1) * stored.layers)
@@ -172,6 +177,9 @@ class Stored:
     training; where softmax takes them in parts, in compute precision, with a gradient like them."""
     read_logits: float
     """Those of a forward pass."""
+    inner: float
+    """A number for each inner one of an MLP: its product in the forward pass; in the backward pass its
+    gradient too."""
 
     @classmethod
     def of(
@@ -202,6 +210,7 @@ class Stored:
             norm=model.norm_bytes_per_token(space.activation_bytes) * tokens / layout.t,
             logits=numbers * (space.activation_bytes + beside),
             read_logits=numbers * (space.activation_bytes + beside_read),
+            inner=space.activation_bytes * model.active_intermediate_size * tokens / layout.t,
         )
 
     def with_layer(self, layers: float, layout: ModelLayout) -> float:
@@ -303,12 +312,15 @@ def _one_group_states(
     count = trained_parameters(model, layout)
     whole, latest = FLOAT32_BYTES * count, space.parameter_bytes * count
     before = whole if earlier else 0.0
+    of_a_layer = 0.0
+    if not earlier and model.adapter is None:
+        of_a_layer = space.parameter_bytes * layer_share(model, layout)
     in_last = before + latest if space.parameter_bytes < FLOAT32_BYTES else whole
     gathered = gathered_between(model, layout, space, trained=True)
     return {
         "gather": Footprint(gradients=before),
         "head": Footprint(gradients=before),
-        "first": Footprint(gradients=before),
+        "first": Footprint(gradients=before + of_a_layer),
         "last": Footprint(gradients=in_last),
         "end": Footprint(parameters=-gathered, gradients=max(before, latest), buffers=whole),
         "step": Footprint(
