@@ -1,8 +1,9 @@
 """The memory of this process: its peak over a span of work, what the allocator keeps of freed
 memory, and giving that back.
 
-On a CPU the bytes are the process' own (files that it maps are left out); on a GPU they are
-PyTorch's, without what NCCL and CUDA take, save those of device_bytes and most_bytes.
+On a CPU the bytes are the process' own (files that it maps are left out), with its part of weights
+that it shares with other processes; on a GPU they are PyTorch's, without what NCCL and CUDA take,
+save those of device_bytes and most_bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -23,6 +25,8 @@ KEPT_BYTES = 512 << 20
 
 _MOST: dict[str, int] = {}
 """Device -> the largest device_bytes."""
+_SHARES: WeakKeyDictionary[object, int] = WeakKeyDictionary()
+"""Owner of memory that several processes map -> this process' part of the bytes."""
 
 
 def begin_peak(device: str) -> None:
@@ -43,7 +47,14 @@ def peak_bytes(device: str) -> int:
     sizes = _status()
     if "VmHWM" not in sizes:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return sizes["VmHWM"] - sizes.get("RssFile", 0) - sizes.get("RssShmem", 0)
+    mapped = sizes.get("RssFile", 0) + sizes.get("RssShmem", 0)
+    return sizes["VmHWM"] - mapped + sum(_SHARES.values())
+
+
+def count_shared(owner: object, num_bytes: int) -> None:
+    """Have peak_bytes count `num_bytes`, this process' part of memory that it shares with others,
+    as long as `owner` lives."""
+    _SHARES[owner] = num_bytes
 
 
 def device_bytes(device: str, query: Query = torch.cuda.mem_get_info) -> int:

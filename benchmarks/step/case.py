@@ -10,8 +10,9 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class PeakMemory:
     """with PeakMemory() as memory: ...; memory.peak_bytes
 
     Largest sum over this process and all below it of memory that files on disk do not back, looked
-    at twice a second.
+    at twice a second; weights that several processes map count once.
     """
 
     def __init__(self) -> None:
@@ -165,13 +166,11 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._ended.wait(0.5):
-            total = 0
-            for process in _tree():
-                size = private_bytes(process.pid)
-                total += size
-                key = (process.pid, command_line(process.pid))
+            sizes = bytes_of([process.pid for process in _tree()])
+            for pid, size in sizes.items():
+                key = (pid, command_line(pid))
                 self._by_process[key] = max(size, self._by_process.get(key, 0))
-            self.peak_bytes = max(self.peak_bytes, total)
+            self.peak_bytes = max(self.peak_bytes, sum(sizes.values()))
 
 
 def command_line(pid: int) -> str:
@@ -180,6 +179,33 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]
     except OSError:
         return ""
+
+
+def bytes_of(pids: list[int]) -> dict[int, int]:
+    """Anonymous memory of each process, and its part of the weights that processes share."""
+    mapped = {pid: shared_weights(pid) for pid in pids}
+    holders = Counter(chain.from_iterable(mapped.values()))
+    sizes = {}
+    for pid, shared in mapped.items():
+        parts = sum(size // holders[file] for file, size in shared.items())
+        sizes[pid] = private_bytes(pid) + parts
+    return sizes
+
+
+def shared_weights(pid: int) -> dict[str, int]:
+    """Bytes of each piece of workers/engines/fsdp/shared_weights.py that a process maps, by inode;
+    none if it is gone."""
+    pieces = {}
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        if "/memfd:hybridflow-weights-" in line:
+            addresses, _, _, _, inode, *_ = line.split()
+            first, last = (int(address, 16) for address in addresses.split("-"))
+            pieces[inode] = last - first
+    return pieces
 
 
 def private_bytes(pid: int) -> int:

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.resharding.shards import LocalParameter
-from workers.config import TrainConfig
+from workers.config import Precision, TrainConfig
 from workers.engines import pipeline_engines
 from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.fsdp.sharding import (
@@ -37,6 +37,7 @@ from workers.engines.fsdp.sharding import (
     make_mesh,
     shard_model,
 )
+from workers.engines.fsdp.shared_weights import SharedWeights
 from workers.engines.model.context_parallel import check_context_parallel
 from workers.engines.model.expert_parallel import check_expert_parallel, expert_mesh
 from workers.engines.model.layers import check_layers
@@ -140,8 +141,21 @@ class FsdpEngine(ShardedEngine):
         if lender is not None:
             assert isinstance(lender, FsdpEngine)
             lent = {n: p for n, p in lender._parameters.items() if not p.requires_grad}
+        self._shared: SharedWeights | None = None
+        if self.device.type == "cpu" and self._mesh["dp"].size() > 1:
+            bf16 = self.config.precision is Precision.bf16
+            dtype = torch.bfloat16 if bf16 else torch.float32
+            self._shared = SharedWeights(self._mesh.get_group("dp"), dtype)
         self._scored = shard_model(
-            source, self.head, self.config, self._mesh, experts, self.device, self.adapter, lent
+            source,
+            self.head,
+            self.config,
+            self._mesh,
+            experts,
+            self.device,
+            self.adapter,
+            lent,
+            self._shared,
         )
         self._routers = self._scored.routers
         self._parameters: dict[str, nn.Parameter] = dict(source.model.named_parameters())
@@ -182,6 +196,8 @@ class FsdpEngine(ShardedEngine):
                 outputs.append(self._run(micro_batch, entropy, temperature))
         if not self._one_group:
             self._reshard()
+        if self._shared is not None:
+            self._shared.wait()
         if self._by_length is not None:
             assert self._row_group is not None
             result = gather_group_outputs(micro_batches, outputs, sequences, self._row_group)

@@ -18,6 +18,7 @@ from hybridflow.layout import Layout
 from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
 from workers.config import Precision, TrainConfig
 from workers.engines.base import Head
+from workers.engines.fsdp.shared_weights import SharedWeights
 from workers.engines.model.attention import check_packable
 from workers.engines.model.expert_parallel import find_experts, split_experts
 from workers.engines.model.layers import prepare_layers
@@ -80,12 +81,14 @@ def shard_model(
     device: torch.device,
     adapter: Adapter | None,
     lent: Mapping[str, nn.Parameter],
+    shared: SharedWeights | None,
 ) -> ScoredModel:
     """The model over `mesh`, shards of its weights on `device`; never more than one group is whole
     at a time. Trained weights are in float32, the base of an adapter in what it computes in; where
     there is one data rank it is not gathered, but used where it lies. `lent`: that of another
     engine, whose memory is used where the values are the same. `experts`: with expert parallelism
-    its mesh; each layer's experts are then a group of their own over axis edp. Collective."""
+    its mesh; each layer's experts are then a group of their own over axis edp. `shared` takes the
+    shards of all others. Collective."""
     model = source.model
     if config.packing:
         check_packable(model)
@@ -134,6 +137,9 @@ def shard_model(
             ignored_params=ignored,
         )
         _use_lent(model, module, lent)
+        if shared is not None:
+            assert isinstance(module, FSDPModule)
+            shared.take(module)
     assert isinstance(scored, FSDPModule)
     if mesh["dp"].size() == 1:
         return scored
