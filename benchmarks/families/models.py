@@ -194,6 +194,21 @@ FAMILIES = [
         model_type="mamba",
         settings={"hidden_size": WIDTH, "num_hidden_layers": LAYERS},
         packing=False,
+        generator="hf",
+    ),
+    Family(
+        name="Bamba",
+        model_type="bamba",
+        settings=COMMON
+        | {
+            "attn_layer_indices": [1, 3],
+            "attn_rotary_emb": 16,
+            "mamba_n_heads": 12,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+        },
+        packing=False,
+        generator="hf",
     ),
 ]
 

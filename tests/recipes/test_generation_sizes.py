@@ -20,13 +20,13 @@ from workers.config import Precision
 from workers.engines.model.loading import standard_sizes
 from workers.generation.cache import MAX_CACHE_BYTES, cache_bytes, cache_bytes_of_rows
 from workers.generation.config import GenerationConfig
-from workers.generation.hf import HfEngine
 from workers.generation.vllm.engine import VllmEngine
 from workers.generation.vllm.limits import (
     CPU_HEAD_SIZES,
     check_fits,
     check_head_size,
     check_latent,
+    check_linear,
     why_not,
 )
 
@@ -264,19 +264,22 @@ def test_families_that_vllm_cannot_run_or_take_weights_for_are_refused() -> None
     VllmEngine.check_model(config_of("Bloom"), GenerationConfig())
 
 
-def test_layers_with_a_state_are_refused_for_engine_hf() -> None:
-    """Mamba read the padding before shorter prompts: log-probs were off by 9.7."""
-    with pytest.raises(
-        ValueError, match=r"'hf', which pads .* mamba carry a state .* another: vllm"
-    ):
-        HfEngine.check_model(config_of("Mamba"), GenerationConfig())
-    HfEngine.check_model(config_of("Phi-3"), GenerationConfig())
+def test_linear_attention_that_vllm_has_in_bfloat16_alone_on_cpus() -> None:
+    config = AutoConfig.for_model("qwen3_5_text")
+    with pytest.raises(ValueError, match=r"\(qwen3_5_text\) in bfloat16 alone; .*engine to hf, or"):
+        check_linear(standard_sizes(config), Precision.fp32, "cpu")
+    check_linear(standard_sizes(config), Precision.bf16, "cpu")
+    check_linear(standard_sizes(config), Precision.fp32, "cuda")
+    check_linear(standard_sizes(config_of("Llama")), Precision.fp32, "cpu")
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_an_engine_that_would_refuse_too_is_not_advised(tmp_path: Path, engine: str) -> None:
     """Each of them would send to the other."""
-    arguments = run(tmp_path, family("Mamba"), [f"actor.generation.engine={engine}"])
+    rwkv = Family(
+        name="RWKV", model_type="rwkv", settings={"hidden_size": 32, "num_hidden_layers": 2}
+    )
+    arguments = run(tmp_path, rwkv, [f"actor.generation.engine={engine}"])
     arguments += ["actor.train.packing=false", "actor.loss.kl_coefficient=0"]
     message = (
         f"^actor: generation.engine is '{engine}'.*; nor does another engine: generation.engine is "

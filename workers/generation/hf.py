@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,7 +37,7 @@ from workers.generation import other_engines
 from workers.generation.base import GenerationEngine
 from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
 from workers.generation.draws import draw_groups, sample_grouped
-from workers.generation.padded_batch import PaddedBatch, joins, of_like_length
+from workers.generation.padded_batch import PaddedBatch, joins, of_equal_length, of_like_length
 from workers.generation.rows import GrowingRow, NewRow, StopRule
 from workers.generation.sampling import (
     end_token_ids,
@@ -53,6 +52,9 @@ from workers.precision import with_native_precision
 from workers.quiet import quiet
 from workers.tokenizer import load_tokenizer
 from workers.weight_files import check_weight_files
+
+OWN_STATE = ("rwkv", "xlstm")
+"""Families whose state is no cache of the kind that transformers' other models share."""
 
 
 class HfEngine(GenerationEngine):
@@ -76,12 +78,11 @@ class HfEngine(GenerationEngine):
     @classmethod
     def check_model(cls, model: PretrainedConfig, config: GenerationConfig) -> None:
         del config
-        kind = type(model)
-        if kind in MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_CAUSAL_LM_MAPPING[kind]._is_stateful:
+        if model.model_type in OWN_STATE:
             raise ValueError(
-                f"generation.engine is 'hf', which pads prompts on the left, and the layers of "
-                f"{model.model_type} carry a state that would read the padding; set "
-                f"generation.engine to another: {other_engines('hf')}"
+                f"generation.engine is 'hf', which keeps keys, values and states of layers in a cache "
+                f"that {model.model_type} does not take; set generation.engine to another: "
+                f"{other_engines('hf')}"
             )
 
     def __init__(
@@ -195,10 +196,10 @@ class HfEngine(GenerationEngine):
         """Waiting rows become batches, as many rows as may run."""
         places = self._max_num_seqs - self._num_running
         rows = [self._waiting.popleft() for _ in range(min(places, len(self._waiting)))]
-        for together in of_like_length(rows) if joins(self._model.config) else [rows]:
-            if together:
-                batch = PaddedBatch(self._model, together, self._routers, self._images)
-                self._batches.append(batch)
+        padded = joins(self._model.config)
+        for together in of_like_length(rows) if padded else of_equal_length(rows):
+            batch = PaddedBatch(self._model, together, self._routers, self._images)
+            self._batches.append(batch)
 
     def _draw(self, batch: PaddedBatch) -> list[GrowingRow]:
         """One token for every row; returns the rows that it ended."""

@@ -4,6 +4,7 @@ values of what was read."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ class PaddedBatch:
         self._inputs, self._mask = left_padded([row.prefix for row in rows], model.device)
         self._positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)
         self._cache = DynamicCache(config=model.config)
+        named = signature(model.forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in named else "past_key_values"
         self._unread: dict[str, Any] = {}
         """Arguments of the first read besides the ids."""
         if images is not None:
@@ -90,11 +93,11 @@ class PaddedBatch:
     def _logits(self, **arguments: Any) -> Tensor:
         outputs = self._model(
             input_ids=self._inputs,
-            attention_mask=self._mask,
+            attention_mask=self._mask if self.joins else None,  # others have no padding
             position_ids=self._positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_name: self._cache},
             **arguments,
             **self._unread,
         )
@@ -109,7 +112,7 @@ class PaddedBatch:
 
     @property
     def joins(self) -> bool:
-        """Whether rows can come and go."""
+        """Whether rows can come."""
         return keeps_single_tokens(self._cache)
 
     def join(self, other: PaddedBatch) -> None:
@@ -126,18 +129,18 @@ class PaddedBatch:
                 layer.values = torch.cat([layer.values, more.values])
 
     def drop_finished(self) -> None:
-        """Rows that have ended leave, where rows can, and the padding that only they needed."""
+        """Rows that have ended leave, and the padding that only they needed."""
         places = [place for place, row in enumerate(self.rows) if not row.finish_reason]
-        if len(places) == len(self.rows) or not places or not self.joins:
+        if len(places) == len(self.rows) or not places:
             return
         index = torch.tensor(places, device=self._mask.device)
         self.rows = [self.rows[place] for place in places]
         self._inputs = self._inputs[index]
         self._positions = self._positions.index_select(-2, index)
         self._mask = self._mask[index]
-        self._cache.batch_select_indices(index)
-        longest = int(self._mask.sum(dim=-1).max())
-        self._align(longest)
+        self._cache.reorder_cache(index)
+        if self.joins:
+            self._align(int(self._mask.sum(dim=-1).max()))
 
     def _align(self, length: int) -> None:
         """Pad or cut at the left, to `length` columns with the one to be read."""
@@ -175,6 +178,14 @@ def of_like_length(rows: Sequence[GrowingRow]) -> list[list[GrowingRow]]:
             most = length + length // 2 + FREE_PADDING
         result[-1].append(row)
     return result
+
+
+def of_equal_length(rows: Sequence[GrowingRow]) -> list[list[GrowingRow]]:
+    """The rows by their lengths: layers that carry a state would read padding into it."""
+    groups: dict[int, list[GrowingRow]] = {}
+    for row in rows:
+        groups.setdefault(len(row.prefix), []).append(row)
+    return list(groups.values())
 
 
 def fit(tensor: Tensor, length: int) -> Tensor:

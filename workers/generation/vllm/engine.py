@@ -56,6 +56,7 @@ from workers.generation.vllm.routes import RouteTable
 from workers.generation.vllm.setup import (
     build_llm,
     computes_eagerly,
+    named_refusal,
     preserve_process_state,
     sums_through_peers,
     vllm_environment,
@@ -187,7 +188,7 @@ class VllmEngine(GenerationEngine):
             if replicas is not None and self._owns_groups:
                 build_vllm_groups(replicas_of(replicas), fast_sum=fast_sum)
             built: list[nn.Module] = []
-            with own_classes(built):
+            with own_classes(built), named_refusal(self._text_config.model_type):
                 self.llm = build_llm(
                     model,
                     config,

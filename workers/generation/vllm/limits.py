@@ -121,6 +121,7 @@ def check_fits(model: PretrainedConfig, config: GenerationConfig) -> None:
     else:
         check_head_size(sizes, installed_kind())
     check_long_rope(sizes, config.max_model_len)
+    check_linear(sizes, config.precision, installed_kind())
 
 
 def check_router_bias(model_type: str, build: str) -> None:
@@ -145,6 +146,18 @@ def check_head_size(sizes: Mapping[str, Any], build: str) -> None:
                 f"({', '.join(map(str, CPU_HEAD_SIZES))}); set generation.engine to "
                 f"{other_engines('vllm')}, or generate on GPUs"
             )
+
+
+def check_linear(sizes: Mapping[str, Any], precision: Precision, build: str) -> None:
+    """ValueError for linear attention in float32, which vLLM's build for "cpu" lacks; found at its first
+    step otherwise."""
+    linear = "linear_attention" in (sizes.get("layer_types") or ())
+    if linear and build == "cpu" and precision is Precision.fp32:
+        raise ValueError(
+            f"generation.engine is 'vllm', whose CPU build computes linear attention "
+            f"({sizes['model_type']}) in bfloat16 alone; set generation.engine to "
+            f"{other_engines('vllm')}, or generation.precision=bf16"
+        )
 
 
 def check_latent(sizes: Mapping[str, Any], precision: Precision, build: str) -> None:

@@ -7,9 +7,11 @@ import gc
 import logging
 import os
 import random
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,7 @@ from hybridflow.context import RankContext
 from hybridflow.devices import segments_grow
 from workers.config import LoraConfig, ModelConfig, Precision
 from workers.engines.model.loading import standard_sizes
+from workers.generation import other_engines
 from workers.generation.cache import CPU_BLOCK_SIZE, cache_bytes
 from workers.generation.config import GenerationConfig
 from workers.generation.vllm import images
@@ -91,6 +94,32 @@ def build_llm(
         **engine_options(lora),
         **images.engine_options(sees_images),
     )
+
+
+UNKNOWN_TO_VLLM = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    TypeError,
+)
+"""Raised by vLLM's code at a configuration that it was not written for."""
+
+
+@contextmanager
+def named_refusal(model_type: str) -> Iterator[None]:
+    """Turns the errors of vLLM's own code at a model that it does not know into a ValueError."""
+    try:
+        yield
+    except UNKNOWN_TO_VLLM as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        raise ValueError(
+            f"generation.engine is 'vllm', which can't build a model of {model_type} ({what}, in "
+            f"{Path(where.filename).name}, line {where.lineno}); set generation.engine to "
+            f"{other_engines('vllm')}"
+        ) from error
 
 
 def computes_eagerly(config: GenerationConfig, *, cuda: bool) -> bool:
