@@ -18,7 +18,7 @@ from controllers import ALGORITHMS, AlgorithmEntry
 from hybridflow.checkpoint import MANIFEST
 from hybridflow.dataflow import CallKind, Dataflow
 from hybridflow.layout import AXES
-from recipes.config import NO_MODEL, RunConfig
+from recipes.config import NO_MODEL, RunConfig, Runtime
 from recipes.engine_facts import check_library
 from recipes.generation_checks import check_generation
 from recipes.roles import GENERATOR, section_of
@@ -353,6 +353,15 @@ def check_algorithm(config: RunConfig, entry: AlgorithmEntry) -> None:
         raise ValueError(
             f"data.pretraining is {config.data.pretraining!r}, but {algorithm.name} trains on no "
             f"text; set it to null, or use {' or '.join(usable)}"
+        )
+
+
+def check_metrics(config: RunConfig) -> None:
+    """Prometheus is served by Ray."""
+    if config.metrics.prometheus and config.runtime is Runtime.local:
+        raise ValueError(
+            "metrics.prometheus is true with runtime=local, which starts no Ray that would serve it; set "
+            "runtime=ray, or metrics.prometheus=false"
         )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from controllers import QUESTIONS
+from controllers import QUESTIONS, algorithm_entry
 from hybridflow.disk import wait_for_room
 from hybridflow.failures import may_be_retried
 from hybridflow.supervision import SUPERVISION, supervise
@@ -36,7 +36,7 @@ from recipes.override_values import quote_values
 from recipes.overrides import join_tables, nearest_name
 from recipes.roles import ROLES, role_names, section_of
 from recipes.run import run as train
-from recipes.settings_page import settings_page
+from recipes.settings_page import settings_page, unread_fields
 from recipes.usage import usage
 
 LOGGER = logging.getLogger(__name__)
@@ -139,13 +139,20 @@ def show_under_hydra(recipe: RecipeFile, arguments: Sequence[str]) -> None:
 
 
 def unused_settings(arguments: Sequence[str], config: RunConfig) -> Iterator[str]:
-    """In words: settings of a model that the recipe does not have."""
+    """In words: settings of a model that the recipe does not have, and those that are about runs of
+    another kind."""
     used = set(map(section_of, role_names(config)))
     models = ", ".join(sorted(used))
+    unread = list(unread_fields(algorithm_entry(config.algorithm.name)))
     for argument in arguments:
-        role = argument.partition(".")[0]
+        role, setting = argument.partition(".")[0], argument.partition("=")[0].lstrip("+")
         if role in ROLES and role not in used:
             yield (
                 f"{argument}: nothing reads it, {config.algorithm.name} has no {role} (its "
                 f"models: {models})"
+            )
+        elif any(f"{setting}.".startswith(f"{name}.") for name in unread):
+            yield (
+                f"{argument}: nothing reads it in {config.algorithm.name}; --settings lists what it "
+                "reads"
             )

@@ -4,6 +4,7 @@ and tables whose entries the user names."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from functools import cache
 from types import MappingProxyType
@@ -11,13 +12,19 @@ from types import MappingProxyType
 from omegaconf import OmegaConf
 
 from controllers import usable_algorithms
-from recipes.config import RunConfig
+from recipes.config import PoolConfig, RunConfig
+from workers.rewards.combined import RewardPart
 
 Tree = dict[str, "str | Tree"]
 """Name -> value as it was written, or the names below it."""
 
-TABLES = ("pools", "reward.parts", "gold.parts", "cost.parts")
-"""Settings whose entries the user names."""
+TABLES = {
+    "pools": PoolConfig,
+    "reward.parts": RewardPart,
+    "gold.parts": RewardPart,
+    "cost.parts": RewardPart,
+}
+"""Settings whose entries the user names -> the class of an entry."""
 OPTIONS = "data.chat_template_options"
 """A dictionary whose keys the user chooses, which Hydra adds only where it is told to."""
 FREE = ("hydra.", f"{OPTIONS}.", *(f"{table}." for table in TABLES))
@@ -103,6 +110,10 @@ def unknown_setting(name: str, known: Sequence[str]) -> str:
     """The answer to a setting that does not exist: its new name, or those that look like it."""
     if name in RENAMED:
         return f"{name} is now {RENAMED[name]}"
+    table = table_of(name)
+    if table is not None:
+        group = name.rpartition(".")[0]
+        known = [f"{group}.{field.name}" for field in fields(TABLES[table])]
     near = near_names(name, known)
     advice = f"did you mean {' or '.join(near)}?" if near else "--settings lists them all"
     return f"there is no setting {name!r}; {advice}"

@@ -22,7 +22,7 @@ from hybridflow.mapping.answer.explain import mapping_report
 from hybridflow.tracing import trace, traced_roles
 from recipes.asynchrony import check_asynchrony
 from recipes.auto import choose
-from recipes.checks import check_loss_columns, check_output, check_resume
+from recipes.checks import check_loss_columns, check_metrics, check_output, check_resume
 from recipes.compatibility import (
     check_columns_of,
     check_context_lengths,
@@ -128,6 +128,7 @@ def prepare(config: RunConfig) -> Preparation:
         if not role_kind(name).needed(config):
             LOGGER.info("no %s model: no coefficient asks for it", name)
     check_environment(placement)
+    check_metrics(config)
     check_output(config.output_dir)
     check_resume(config.loop.resume)
     if config.algorithm.name not in QUESTIONS:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from controllers import QUESTIONS, algorithm_entry
@@ -116,6 +117,14 @@ def _of_the_run(config: RunConfig) -> Iterator[Unread]:
         for field in ("stop_at_reward", "validation_sampling", "validate_every"):
             if field != "validate_every" or config.loop.validate_every:  # 0 asks for none
                 yield Unread(f"loop.{field}", "without data.validation", "set data.validation")
+    if name == "generate":
+        yield Unread("data.validation", "in generate, which answers data.train", "set data.train")
+    yield Unread("model.new_head", "of the policy's model", "set reward_model.model.new_head")
+    places = (config.model.path, config.model.tokenizer or config.model.path)
+    if all(Path(place).is_dir() for place in places):
+        yield Unread(
+            "model.revision", f"with the directory {config.model.path}", "name a model of the hub"
+        )
     if not config.data.pretraining:
         for field in ("column", "batch_size", "tokens"):
             yield Unread(

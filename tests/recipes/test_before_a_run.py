@@ -173,6 +173,18 @@ UNREAD: dict[str, tuple[str, list[str], list[str], str]] = {
         ["judge.verdict=written"],
         "judge.generation.max_num_seqs is 2, which nothing reads with judge.verdict=probability",
     ),
+    "prompts that are not answered": (
+        "generate",
+        ["data.validation=held-out.jsonl"],
+        ["data.validation=null", "data.train=held-out.jsonl"],
+        "data.validation is 'held-out.jsonl', which nothing reads in generate, which answers data.train",
+    ),
+    "samples of what nothing generates": (
+        "dpo",
+        ["algorithm.samples_per_prompt=4"],
+        ["algorithm=grpo"],
+        "algorithm.samples_per_prompt is 4, which nothing reads in dpo, which generates nothing",
+    ),
     "a plan that nobody asks for": (
         "grpo",
         ["plan.split_generation=true"],

@@ -383,6 +383,54 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
             r"keyword with prompt, response,"
         ),
     ),
+    "attention that nobody knows": (
+        ["model.attention=foo"],
+        "actor: model.attention is 'foo', which transformers does not have for a .*; use auto",
+    ),
+    "a token that the model can't draw": (
+        ["actor.generation.sampling.stop_token_ids=[999999]"],
+        r"actor: generation.sampling.stop_token_ids has 999999, and the model's tokens are 0 to \d+;",
+    ),
+    "an end that the model can't draw": (
+        ["model.end_token_ids=[-1]"],
+        "actor: model.end_token_ids has -1, and the model's tokens are 0 to",
+    ),
+    "a stop of validation that the model can't draw": (
+        ["data.validation=${data.train}", "loop.validation_sampling.stop_token_ids=[999999]"],
+        "^loop.validation_sampling.stop_token_ids has 999999",
+    ),
+    "draws of validation": (
+        [
+            "data.validation=${data.train}",
+            "loop.validation_sampling.greedy=false",
+            "loop.validation_sampling.temperature=-1",
+        ],
+        "^loop.validation_sampling.temperature=-1.0: use a value over 0",
+    ),
+    "Prometheus without Ray": (
+        ["runtime=local", "metrics.prometheus=true"],
+        "metrics.prometheus is true with runtime=local, which starts no Ray",
+    ),
+    "a revision of a directory": (
+        ["model.revision=main"],
+        "model.revision is 'main', which nothing reads with the directory",
+    ),
+    "a date that no template writes": (
+        ["data.date=2026-11-01"],
+        "data.date is '2026-11-01', which nothing reads: no chat template",
+    ),
+    "tools that no row has": (
+        ["data.tools_column=functions"],
+        "data.tools_column is 'functions', and no row of data.train has it; set it to the column of",
+    ),
+    "options of no template": (
+        ["data.chat_template_options.enable_thinking=false"],
+        "data.chat_template_options is .* which nothing reads without a chat template",
+    ),
+    "an actor that is never trained": (
+        ["loop.num_steps=3", "actor.critic_warmup_steps=3"],
+        "actor.critic_warmup_steps is 3 in a run of 3 steps, which would never train the actor",
+    ),
     "no such module": (
         ["reward.function=no.such:f"],
         "reward.function='no.such:f': module 'no.such' can't be imported",

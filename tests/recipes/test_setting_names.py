@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from recipes.composing import RecipeFile, compose, own_settings, to_settings
 from recipes.config import RunConfig
 from recipes.main import main, unused_settings
-from recipes.overrides import check_names
+from recipes.overrides import check_names, unknown_setting
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
 
@@ -36,6 +36,20 @@ def test_settings_of_a_model_that_the_recipe_has_not_are_told(
     assert (
         list(unused_settings(["actor.generation.tp=1", "reward.function=x"], settings("evaluate")))
         == []
+    )
+
+
+def test_settings_of_another_kind_of_run_are_told(settings: Callable[..., RunConfig]) -> None:
+    arguments = ["loop.num_steps=5", "data.columns=[a]", "seed=1"]
+    told = list(unused_settings(arguments, settings("evaluate")))
+    assert told == [f"{arguments[0]}: nothing reads it in evaluate; --settings lists what it reads"]
+    told = list(unused_settings(["data.max_tokens=5", "loop.num_steps=5"], settings("grpo")))
+    assert told == ["data.max_tokens=5: nothing reads it in grpo; --settings lists what it reads"]
+
+
+def test_a_part_of_a_reward_has_settings_of_its_own() -> None:
+    assert unknown_setting("reward.parts.a.wieght", []).startswith(
+        "there is no setting 'reward.parts.a.wieght'; did you mean reward.parts.a.weight or "
     )
 
 

@@ -271,12 +271,14 @@ def build_on_meta(config: ModelConfig, head: Head) -> PreTrainedModel:
                 attn_implementation=_attention(config),
                 trust_remote_code=config.trust_remote_code,
             )
+    except ValueError as error:
+        if "attn_implementation" not in str(error):
+            raise
+        raise ValueError(
+            f"model.attention is {config.attention!r}, which transformers does not have for a "
+            f"{hf_config.model_type}; use auto ({in_a_line(error)})"
+        ) from error
     except MISFITS as error:
-        if "`attn_implementation" in str(error):
-            raise ValueError(
-                f"model.attention is {config.attention!r}, which {hf_config.model_type} has not in "
-                f"transformers; use auto ({in_a_line(error)})"
-            ) from error
         raise ValueError(
             f"model.path is {config.path!r}: transformers can't build the model of its config.json; "
             f"{in_a_line(error)}"
