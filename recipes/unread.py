@@ -8,6 +8,7 @@ the settings of models that a recipe does not have (main.py warns of them), loss
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
@@ -28,9 +29,18 @@ from workers.role_config import (
     VerdictKind,
 )
 
+LOGGER = logging.getLogger(__name__)
 TRAINED = ("actor", "critic", "cost_critic", "policy", "reward_model")
 DRAWS = ("temperature", "top_p", "top_k", "min_p")
 """Settings of sampling that choose among tokens."""
+OF_VLLM = (
+    "max_num_batched_tokens",
+    "block_size",
+    "enforce_eager",
+    "prefix_caching",
+    "release_during_training",
+)
+"""Settings of ROLE.generation that engine hf does not read."""
 OF_ENGINES = {
     "reshard_after_forward": "fsdp",
     "pipeline_schedule": "threed",
@@ -50,6 +60,8 @@ class Unread:
     """With what, or without what, nothing reads it."""
     fix: str
     """The way to have it read."""
+    speed_alone: bool = False
+    """It changes speed and memory and never results, so that it is told of and not refused."""
 
 
 def check_unread(config: RunConfig) -> None:
@@ -60,10 +72,13 @@ def check_unread(config: RunConfig) -> None:
         for name, value, default in leaves(settings, unread.name, defaults):
             if value != default:
                 shown = value.value if isinstance(value, Enum) else value
-                raise ValueError(
+                problem = (
                     f"{name} is {shown!r}, which nothing reads {unread.why}; {unread.fix}, or "
                     "leave it out"
                 )
+                if not unread.speed_alone:
+                    raise ValueError(problem)
+                LOGGER.warning("%s", problem)
 
 
 def unread_settings(config: RunConfig) -> Iterator[Unread]:
@@ -78,6 +93,14 @@ def unread_settings(config: RunConfig) -> Iterator[Unread]:
         settings = vars(config)[name]
         if name in TRAINED:
             yield from _of_optimizer(config, name)
+        if "generation" in vars(settings) and settings.generation.engine == "hf":
+            for field in OF_VLLM:
+                yield Unread(
+                    f"{name}.generation.{field}",
+                    f"with {name}.generation.engine=hf",
+                    f"set {name}.generation.engine=vllm",
+                    speed_alone=True,
+                )
         if "train" in vars(settings):
             yield from _of_engine(name, settings.train.engine)
         if isinstance(settings, JudgeConfig):
@@ -100,7 +123,10 @@ def _of_the_run(config: RunConfig) -> Iterator[Unread]:
     if config.asynchrony.staleness == 0:
         for field in ("look_ahead", "in_flight", "slice_steps"):
             yield Unread(
-                f"asynchrony.{field}", "with asynchrony.staleness=0", "set asynchrony.staleness=1"
+                f"asynchrony.{field}",
+                "with asynchrony.staleness=0",
+                "set asynchrony.staleness=1",
+                speed_alone=field == "slice_steps",
             )
     trains, name = config.algorithm.name not in QUESTIONS, config.algorithm.name
     if not algorithm_entry(name).answers_prompts:

@@ -40,7 +40,6 @@ def settings(directory: Path, seed: int, num_steps: int) -> dict[str, Any]:
         "actor.generation.sampling.stop_token_ids": list(range(3, 3 + stops)),
         "actor.train.precision": "fp32",
         "actor.train.optimizer.learning_rate": LEARNING_RATE,
-        "asynchrony.slice_steps": 4,
         "loop.num_steps": num_steps,
         "loop.resume": "never",
         "output_dir": directory / "run",
@@ -56,6 +55,7 @@ def run(directory: Path, staleness: int, mode: str, seed: int, num_steps: int) -
     if staleness:
         changes = {
             "asynchrony.staleness": staleness,
+            "asynchrony.slice_steps": 4,
             "asynchrony.in_flight": mode,
             "actor.loss.rollout_correction.correction": "truncate",
         }

@@ -212,6 +212,21 @@ def test_a_setting_that_nothing_reads_is_refused(
     check_unread(settings(recipe, *unread, *readers))
 
 
-def test_a_dry_run_refuses_what_nothing_reads(settings: Callable[..., RunConfig]) -> None:
-    with pytest.raises(ValueError, match=r"asynchrony\.slice_steps is 4, which nothing reads"):
-        run(settings("grpo", "dry_run=true", "asynchrony.slice_steps=4"))
+def test_a_dry_run_tells_of_what_would_change_speed_alone(
+    settings: Callable[..., RunConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    hf = ["actor.generation.engine=hf", "actor.generation.block_size=16"]
+    with pytest.raises(ValueError, match=r"asynchrony\.look_ahead is 0\.5, which nothing reads"):
+        run(
+            settings(
+                "grpo", "dry_run=true", "asynchrony.slice_steps=4", "asynchrony.look_ahead=0.5", *hf
+            )
+        )
+    run(settings("grpo", "dry_run=true", "asynchrony.slice_steps=4", *hf))
+    told = [line for line in caplog.messages if "nothing reads" in line]
+    assert told == [
+        "asynchrony.slice_steps is 4, which nothing reads with asynchrony.staleness=0; set "
+        "asynchrony.staleness=1, or leave it out",
+        "actor.generation.block_size is 16, which nothing reads with actor.generation.engine=hf; set "
+        "actor.generation.engine=vllm, or leave it out",
+    ]
