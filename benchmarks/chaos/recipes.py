@@ -100,7 +100,7 @@ def acting(directory: Path, changes: Settings, *, is_exact: bool = True) -> Case
 def with_images(directory: Path) -> Case:
     settings = images.settings(directory) | {"data.batch_size": 4, "reward.function": BY_LENGTH}
     shared = common(directory)
-    del shared["data.validation"]
+    del shared["data.validation"], shared["loop.validate_every"]
     return Case(recipe="grpo", settings=shared | settings)
 
 
