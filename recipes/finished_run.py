@@ -11,11 +11,7 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from controllers.data import RowLoader
 from controllers.loop import numbers_of
 from controllers.outcome import Outcome, logged_steps, nothing_to_do
 from controllers.saving import Saving, on_disk
@@ -27,20 +23,16 @@ from hybridflow.recovery.attempts import Attempt, newest
 from hybridflow.recovery.holders import is_held
 from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.supervision import SUPERVISION
-from recipes.diff import flat
 from recipes.preparation import Preparation
 from recipes.same_run import checkpoint_store
-from recipes.settings_history import CONFIG, OF_NO_STEP, settings_tree
+from recipes.settings_history import other_settings
 
 LOGGER = logging.getLogger(__name__)
-MOST_SETTINGS = 8
-"""Settings that differ, as many as one line names."""
 
 
 def finished(prepared: Preparation) -> Outcome | None:
     """The outcome of the run in output_dir, as its files have it, where it is finished; the log says
-    that nothing is to do, and which settings are others now. None for any other run. A ValueError
-    where its data were others."""
+    that nothing is to do, and which settings are others now. None for any other run."""
     config = prepared.config
     if config.loop.resume != "auto" or SUPERVISION.took_over:
         return None
@@ -61,23 +53,13 @@ def finished(prepared: Preparation) -> Outcome | None:
     good_enough = target is not None and after.get(REWARD, float("-inf")) >= target
     if not length.reached(latest.step, position) and not good_enough:
         return None
-    of_data = dict(state["data"])
-    if config.asynchrony.staleness:
-        of_data.pop("ahead", None)
-    RowLoader(prepared.train, config.data).load_state_dict(of_data)
     steps = [step for step in logged_steps(directory) if step.step <= latest.step]
     before = numbers_of(state["validation_before"])
     outcome = Outcome.of(latest.step, steps, before, after, REWARD)
     LOGGER.warning("%s", nothing_to_do(directory, latest.step))
-    differences = different_settings(prepared, directory)
-    if differences:
-        shown = "; ".join(differences[:MOST_SETTINGS])
-        more = len(differences) - MOST_SETTINGS
-        LOGGER.warning(
-            "its steps were trained with other settings: %s%s",
-            shown,
-            f"; and {more} more" if more > 0 else "",
-        )
+    others = other_settings(prepared.config, directory, but=prepared.derived, loop=True)
+    if others:
+        LOGGER.warning("its steps were trained with other settings: %s", others)
     complete_summary(directory, outcome)
     remove_leftovers(directory)
     return outcome
@@ -107,35 +89,9 @@ def complete_summary(directory: Path, outcome: Outcome) -> None:
     write_summary(directory, asdict(outcome))
 
 
-def different_settings(prepared: Preparation, directory: Path) -> list[str]:
-    """In words: each setting that is not as the run's newest steps had it."""
-    path = directory / CONFIG
-    if not path.is_file():
-        return []
-    now, then = flat(settings_tree(prepared.config), ""), flat(_tree(path), "")
-    left_out = tuple(f"{name}." for name in OF_NO_STEP if name != "loop")
-    words = []
-    for name in sorted(now.keys() | then.keys()):
-        # What the machines decided (precision=auto) is not known before they run.
-        if f"{name}.".startswith(left_out) or name in prepared.precisions:
-            continue
-        if _plain(now.get(name)) != _plain(then.get(name)):
-            words.append(f"{name} is {now.get(name)} now and was {then.get(name)}")
-    return words
-
-
 def newest_model(store: CheckpointStore) -> Path | None:
     """The Hugging Face directory of the newest checkpoint."""
     latest = store.latest()
     if latest is None or not (latest.path / "huggingface").is_dir():
         return None
     return latest.path / "huggingface"
-
-
-def _tree(path: Path) -> Any:
-    return OmegaConf.to_container(OmegaConf.load(path))
-
-
-def _plain(value: object) -> object:
-    """As YAML has it, where enums are names."""
-    return str(getattr(value, "value", value))

@@ -48,8 +48,9 @@ from recipes.placing import (
 )
 from recipes.questions import check_question
 from recipes.roles import GENERATION, role_kind
-from recipes.same_run import check_same_run
+from recipes.same_run import check_same_data, check_same_run
 from recipes.schedules import with_schedules
+from recipes.settings_history import derived_names
 from recipes.text_settings import (
     log_left_out,
     log_other_sampling,
@@ -94,6 +95,8 @@ class Preparation:
     precisions: tuple[str, ...] = ()
     """Settings that were auto, such as actor.train.precision, and are now what this machine computes
     natively."""
+    derived: frozenset[str] = frozenset()
+    """Settings that were left open, and follow from others now."""
     mapping: DeviceMapping | None = None
     """What placement=auto chose."""
 
@@ -157,6 +160,8 @@ def prepare(config: RunConfig) -> Preparation:
         log_overlap(train, held_out)
     check_images(placement.roles, [train, held_out], config.model)
     pretraining = load_pretraining(placement, tokenizer)
+    if config.algorithm.name not in QUESTIONS:
+        check_same_data(placement, train, pretraining)
     placement = place(with_generation_lengths(placement, train, held_out))
     if isinstance(train, PromptDataset):
         check_context_lengths(config, placement.roles, train.longest_prompt_tokens)
@@ -169,6 +174,7 @@ def prepare(config: RunConfig) -> Preparation:
         pretraining=pretraining,
         mapper_inputs=mapper_inputs(placement, dataflow, train),
         precisions=tuple(precisions),
+        derived=derived_names(written, placement.config),
     )
     if config.placement is PlacementMode.auto and prepared.mapper_inputs is not None:
         return _placed_by_the_mapper(prepared, prepared.mapper_inputs)

@@ -2,8 +2,8 @@
 it is are written into every checkpoint, and held against those of the run that resumes from it.
 
 What may change between the two is not among them: steps, logging, placement, layouts, micro-batches,
-how often and how much is saved and validated. Data, shuffling and their seed are compared where the
-data's position is restored (controllers/data/loader.py).
+how often and how much is saved and validated. Data, shuffling and their seed are compared as the
+data's position is restored (controllers/data/loader.py), as soon as the rows are read.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from copy import copy
 from pathlib import Path
+from typing import Any
 
+from controllers.data import RowDataset, RowLoader
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.manifest import read_manifest
 from hybridflow.recovery.attempts import Attempt
@@ -109,12 +112,12 @@ def content(model: ModelConfig) -> str:
     return hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest()
 
 
-def check_same_run(placement: Placement) -> None:
-    """A ValueError where the run would go on from the checkpoint of another one. Nothing is read
-    but the checkpoint's manifest, or the record of a snapshot in memory."""
+def newest_state(placement: Placement) -> tuple[Path, dict[str, Any]] | None:
+    """The commit that the run goes on from, and what the controller noted in it; None: it begins anew.
+    Nothing is read but the checkpoint's manifest, or the record of a snapshot in memory."""
     config = placement.config
     if config.loop.resume == "never":
-        return
+        return None
     directory = Path(config.loop.resume)
     if config.loop.resume == "auto":
         output = Path(config.output_dir).absolute()
@@ -122,22 +125,48 @@ def check_same_run(placement: Placement) -> None:
         number = latest.sequence if latest is not None else 0
         staged = MemoryPlace.commits_of(output)
         if staged and staged[0].number > number:
-            directory, earlier = staged[0].path, staged[0].state[RUN]
-        elif latest is not None:
-            directory, earlier = latest.path, read_manifest(latest.path)["metadata"].get(RUN)
-        else:
-            return
-    else:
-        earlier = read_manifest(directory)["metadata"].get(RUN)
-    if earlier is None:
+            return staged[0].path, staged[0].state
+        if latest is None:
+            return None
+        directory = latest.path
+    return directory, read_manifest(directory)["metadata"]
+
+
+def check_same_run(placement: Placement) -> None:
+    """A ValueError where the run would go on from the checkpoint of another one; its data are
+    compared by check_same_data."""
+    newest = newest_state(placement)
+    if newest is None or newest[1].get(RUN) is None:
         return
-    differences = list(differing(earlier, run_settings(placement)))
+    directory, state = newest
+    differences = list(differing(state[RUN], run_settings(placement)))
     if differences:
         raise ValueError(
-            f"output_dir={config.output_dir}: {directory} is the checkpoint of another run: "
+            f"output_dir={placement.config.output_dir}: {directory} is the checkpoint of another run: "
             f"{'; '.join(differences)}. Set these as they were to go on with it, or another "
             "output_dir (or loop.resume=never) to start anew"
         )
+
+
+def check_same_data(placement: Placement, train: RowDataset, pretraining: RowLoader | None) -> None:
+    """A ValueError where the commit's positions mean nothing in these rows."""
+    newest, config = newest_state(placement), placement.config
+    if newest is None or "data" not in newest[1]:
+        return
+    directory, state = newest
+    had, has = sorted(state["further"]), ["pretraining"] * (pretraining is not None)
+    if had != has:
+        there, here = ("set" if names else "not set" for names in (had, has))
+        raise ValueError(
+            f"resume: data.pretraining is {here} now and was {there} in {directory}; set it as it "
+            "was, or start anew in another output_dir"
+        )
+    of_data = dict(state["data"])
+    if config.asynchrony.staleness:  # the stream of rows ahead looks at these
+        of_data.pop("ahead", None)
+    RowLoader(train, config.data).load_state_dict(of_data)
+    if pretraining is not None:
+        copy(pretraining).load_state_dict(state["further"]["pretraining"])
 
 
 def differing(earlier: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:

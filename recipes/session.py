@@ -31,6 +31,7 @@ from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.failures import EventLog
 from hybridflow.metrics import Tracker
+from hybridflow.metrics.jsonl import METRICS
 from hybridflow.pool import ResourcePool
 from hybridflow.progress import activity
 from hybridflow.progress_display import shown
@@ -51,7 +52,7 @@ from recipes.preparation import Preparation
 from recipes.role_handles import spawn_roles, with_precision_of_machines
 from recipes.roles import role_kind
 from recipes.same_run import checkpoint_store, run_settings
-from recipes.settings_history import CONFIG, settings_tree, write_settings
+from recipes.settings_history import CONFIG, other_settings, settings_tree, write_settings
 from workers.agents.interfaces import environment_name
 from workers.roles import (
     Actor,
@@ -183,6 +184,12 @@ class Session:
         if self._first_step < 0:
             attempt.check()
             self._describe(0)
+        elif self._first_step > 0 and not SUPERVISION.took_over:
+            others = other_settings(config, self.directory, but=self.prepared.derived)
+            if others:
+                LOGGER.warning(
+                    "steps after %d are trained with other settings: %s", self._first_step, others
+                )
         tracker = start_tracker(config, self.directory, self._first_step, length.num_steps, attempt)
         return self._resources.enter_context(tracker)
 
@@ -274,6 +281,14 @@ class Session:
         loop.saving.begins_after = SUPERVISION.state.get("begins_after", 0)
         steps = logged_steps(self.directory)
         loop.trained_steps = [trained for trained in steps if trained.step <= self._first_step]
+        missing = self._first_step - len(loop.trained_steps)
+        if self.config.metrics.jsonl and self.config.loop.resume == "auto" and missing > 0:
+            LOGGER.warning(
+                "%s: %d of the %d steps so far are missing",
+                self.directory / METRICS,
+                missing,
+                self._first_step,
+            )
         loop.resume()
         if loop.step < self._first_step:  # the newest commit is damaged: its metrics go with it
             tracker.rewind(loop.step, attempt.number)

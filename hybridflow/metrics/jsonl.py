@@ -101,7 +101,7 @@ def replace_samples(path: Path, rows: SampleRows) -> None:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return _parsed(path.read_text(), path)
+    return _parsed(path.read_text(errors="replace"), path)  # no line of ours has such bytes
 
 
 def _rows_of(file: LineFile) -> list[dict[str, Any]]:

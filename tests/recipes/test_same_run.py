@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from hybridflow.metrics import read_jsonl
 from hybridflow.snapshots.memory import MemoryPlace
-from recipes.python_api import open_session, run
+from recipes.python_api import dry_run, open_session, run
 from recipes.settings_history import settings_of_step, write_settings
 from tests.tiny import make_data, make_model
 
@@ -115,7 +115,10 @@ def test_a_summary_that_is_missing_is_written(settings: dict[str, Any], tmp_path
     assert not memory.directory.exists() and not left.exists()
 
 
-def test_b81_what_may_change_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_b81_what_may_change_goes_on(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says once what is new of what steps depend on, and that a file lost its lines."""
     shutil.copytree(settings["output_dir"], tmp_path / "out")
     changed = other(
         settings,
@@ -127,7 +130,21 @@ def test_b81_what_may_change_goes_on(settings: dict[str, Any], tmp_path: Path) -
         actor__train__optimizer__learning_rate=1e-5,
         data__batch_size=3,
     )
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    of_first = metrics.read_text()
+    metrics.write_text(of_first[:-9])
+    with caplog.at_level(logging.WARNING):
+        open_session("grpo", changed).close()
+    assert caplog.messages == [
+        "steps after 1 are trained with other settings: actor.train.micro_batch_tokens is 64 now and "
+        "was 0; actor.train.optimizer.learning_rate is 1e-05 now and was 1e-06; data.batch_size is 3 "
+        "now and was 2",
+        f"{metrics}: 1 of the 1 steps so far are missing",
+    ]
+    metrics.write_text(of_first)
+    caplog.clear()
     outcome = run("grpo", changed)
+    assert not caplog.messages
     assert outcome.num_steps == 2
     rows = read_jsonl(tmp_path / "out" / "metrics.jsonl")
     assert outcome.train_s == pytest.approx(sum(row["seconds/step"] for row in rows))
@@ -163,6 +180,27 @@ def test_b81_another_run_is_refused(
     message = str(error.value)
     assert named.replace("{}", str(directory)) in message and "\n" not in message
     assert "another output_dir (or loop.resume=never) to start anew" in message
+
+
+def test_b81_other_rows_are_refused_before_anything_is_loaded(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """In a dry run too."""
+    rows = settings["data.train"].read_text().splitlines(keepends=True)
+    for changed in (rows[::-1], rows[:-1]):
+        (tmp_path / "rows.jsonl").write_text("".join(changed))
+        more = other(settings, loop__num_steps=3, data__train=tmp_path / "rows.jsonl")
+        with pytest.raises(ValueError, match=rf"had 8 rows and .* this one has {len(changed)} and"):
+            dry_run("grpo", more)
+    with pytest.raises(ValueError, match=r"data.seed is 5, the checkpoint was written with 0"):
+        dry_run("grpo", other(settings, loop__num_steps=3, data__seed=5))
+
+
+def test_a_config_yaml_that_is_damaged_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(settings["output_dir"], tmp_path / "out")
+    (tmp_path / "out" / "config.yaml").write_text("a: [b\n")
+    with pytest.raises(ValueError, match=r"config.yaml can't be read .*remove it to go on"):
+        run("grpo", other(settings, output_dir=tmp_path / "out", loop__num_steps=2))
 
 
 def test_b82_another_recipe_is_refused(settings: dict[str, Any]) -> None:
