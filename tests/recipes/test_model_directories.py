@@ -277,3 +277,65 @@ def test_chat_templates_and_endings_that_can_not_be_read_are_told(
     (model / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"its generation_config.json can't be read, which names"):
         dry_run("grpo", values, reward=by_length)
+
+
+CONFIGURATION = """
+from transformers import Qwen2Config
+
+class OwnConfig(Qwen2Config):
+    model_type = "own_kind"
+"""
+MODELING = """
+from transformers import Qwen2ForCausalLM
+
+from .configuration_own import OwnConfig
+from .shared_own import SCALE
+
+class OwnModel(Qwen2ForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **settings):
+        outputs = super().forward(*args, **settings)
+        assert SCALE == 1.0
+        return outputs
+"""
+
+
+def test_what_is_saved_of_a_model_with_code_of_its_own_loads(root: Path, tmp_path: Path) -> None:
+    """transformers loads it: all files of the code are there, and the numbers are of the kind of those that
+    were read, which no config.json named."""
+    names = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnModel",
+    }
+    own = changed(
+        root / "model",
+        tmp_path / "own",
+        lambda weights: {name: tensor.bfloat16() for name, tensor in weights.items()},
+        model_type="own_kind",
+        architectures=["OwnModel"],
+        auto_map=names,
+        dtype="",
+    )
+    (own / "configuration_own.py").write_text(CONFIGURATION)
+    (own / "modeling_own.py").write_text(MODELING)
+    (own / "shared_own.py").write_text("SCALE = 1.0\n")
+    more = {
+        "model.trust_remote_code": True,
+        "output_dir": tmp_path / "out",
+        "actor.train.optimizer.learning_rate": 1e-30,
+    }
+    run("grpo", settings(root, policy=own) | more, reward=by_length)
+    (saved,) = (tmp_path / "out").glob("checkpoints/step-*/huggingface")
+    assert json.loads((saved / "config.json").read_text())["auto_map"] == names
+    ids = torch.arange(12).view(1, 12)
+    logits = []
+    for place in (own, saved):
+        model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True, dtype="auto")
+        assert model.dtype == torch.bfloat16 and type(model).__name__ == "OwnModel"
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+    before, after = (load_file(place / "model.safetensors") for place in (own, saved))
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-20)
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-6)

@@ -34,6 +34,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -65,7 +66,7 @@ from workers.images import family_of
 from workers.images.families import FAMILIES
 from workers.published import MISFITS, in_a_line, model_below, read_config
 from workers.quiet import quiet
-from workers.weight_files import check_weight_files
+from workers.weight_files import check_weight_files, model_files
 
 AUTO = "auto"
 """ModelConfig.attention: transformers' choice for the model; where that is PyTorch's fused kernel,
@@ -401,10 +402,16 @@ def standard_sizes(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def saved_dtype(model: ModelConfig, config: PretrainedConfig) -> torch.dtype:
-    """The data type of weights that are saved: model.dtype, or that of the published `config`."""
+    """The data type of weights that are saved: model.dtype, or that of the published `config`, or,
+    where this names none, the first one in the model's files, as transformers loads them."""
     if model.dtype is not SavedDtype.auto:
         return DTYPES[model.dtype]
     published = config.dtype or config.get_text_config().dtype
+    if published is None:
+        files = model_files(model_directory(model))
+        weights = [file for file in files if file.suffix != ".json"]
+        if weights:
+            published = get_state_dict_dtype(load_state_dict(weights[0], map_location="meta"))
     if published in DTYPES.values():
         return published
     return torch.float32  # float64, or a quantized kind

@@ -194,11 +194,14 @@ def write_adapter(
         metadata={"format": "pt"},
     )
     heads = sorted({name.rpartition(".")[0] for name in tensors if not name.endswith(MATRICES)})
+    base = model.path  # whole: peft looks for it from wherever it runs
+    if Path(base).is_dir():
+        base = str(Path(base).absolute())
     alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
     settings = {
         "peft_type": "LORA",
         "task_type": task,
-        "base_model_name_or_path": model.path,
+        "base_model_name_or_path": base,
         "revision": model.revision,
         "inference_mode": True,
         "r": config.rank,

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from hybridflow.resharding.shards import Box, LocalParameter
@@ -58,6 +59,7 @@ def write_safetensors(
         begin()
     writes = dist.get_rank() == 0 and not disk.errors
     file_of: dict[str, str] = {}
+    num_bytes = 0
     for number, indices in enumerate(files):
         tensors: dict[str, Tensor] = {}
         for index in indices:
@@ -70,10 +72,11 @@ def write_safetensors(
             with disk.collected():
                 save_file(stored, directory / file, metadata={"format": "pt"})
             file_of |= dict.fromkeys(stored, file)
+            num_bytes += sum(value.nbytes for value in stored.values())
             writes = not disk.errors
     if writes and len(files) > 1:
         with disk.collected():
-            _write_index(file_of, sum(map(_num_bytes, parameters)), directory)
+            _write_index(file_of, num_bytes, directory)
     dist.barrier()
     if disk.errors:
         raise disk.errors[0]
@@ -91,6 +94,13 @@ class Refusals:
             yield
         except (OSError, SafetensorError) as error:
             self.errors.append(error)
+
+
+def write_code(model: PreTrainedModel, config: PretrainedConfig, directory: Path) -> None:
+    """The files of a class that is code of the model's own, all that they import from beside them, and
+    where `config` finds it: without them nothing loads the weights."""
+    if model._auto_class is not None:
+        custom_object_save(model, directory, config=config)
 
 
 def write_configs(

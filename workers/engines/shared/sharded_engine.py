@@ -37,7 +37,7 @@ from workers.engines.model.peft_files import write_adapter
 from workers.engines.model.routers import Load, Routers, experts_per_token
 from workers.engines.model.tower import freeze_tower
 from workers.engines.model.vision import ImageInputs
-from workers.engines.shared.export import write_configs, write_safetensors
+from workers.engines.shared.export import write_code, write_configs, write_safetensors
 from workers.engines.shared.gather import gather_objects
 from workers.engines.shared.host_memory import HostMemory
 from workers.engines.shared.merging import (
@@ -365,6 +365,8 @@ class ShardedEngine(TrainingEngine):
         """The configuration and that of generation, as they came with the model."""
         if self.context.rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
+            if self.model.trust_remote_code:
+                write_code(build_on_meta(self.model, self.head), self._hf_config, directory)
             write_configs(self._hf_config, self._generation_config, directory)
 
     def offload(self) -> None:
