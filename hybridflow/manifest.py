@@ -34,8 +34,8 @@ def with_checksum(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def checksum(manifest: Mapping[str, Any]) -> str:
     """A digest of everything else that the manifest says."""
-    others = {name: value for name, value in manifest.items() if name != CHECKSUM}
-    return hashlib.blake2b(json.dumps(others).encode(), digest_size=8).hexdigest()
+    fields = {name: value for name, value in manifest.items() if name != CHECKSUM}
+    return hashlib.blake2b(json.dumps(fields).encode(), digest_size=8).hexdigest()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

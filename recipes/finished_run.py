@@ -57,9 +57,9 @@ def finished(prepared: Preparation) -> Outcome | None:
     before = numbers_of(state["validation_before"])
     outcome = Outcome.of(latest.step, steps, before, after, REWARD)
     LOGGER.warning("%s", nothing_to_do(directory, latest.step))
-    others = other_settings(prepared.config, directory, but=prepared.derived, loop=True)
-    if others:
-        LOGGER.warning("its steps were trained with other settings: %s", others)
+    differences = other_settings(prepared.config, directory, but=prepared.derived, loop=True)
+    if differences:
+        LOGGER.warning("its steps were trained with other settings: %s", differences)
     complete_summary(directory, outcome)
     remove_leftovers(directory)
     return outcome

@@ -154,17 +154,17 @@ def check_same_data(placement: Placement, train: RowDataset, pretraining: RowLoa
     if newest is None or "data" not in newest[1]:
         return
     directory, state = newest
-    had, has = sorted(state["further"]), ["pretraining"] * (pretraining is not None)
-    if had != has:
-        there, here = ("set" if names else "not set" for names in (had, has))
+    was_set = "pretraining" in state["further"]
+    if was_set != (pretraining is not None):
+        before = "was set" if was_set else "was not set"
         raise ValueError(
-            f"resume: data.pretraining is {here} now and was {there} in {directory}; set it as it "
-            "was, or start anew in another output_dir"
+            f"resume: data.pretraining {before} in the run of {directory}, and is otherwise now; set "
+            "it as it was, or start anew in another output_dir"
         )
-    of_data = dict(state["data"])
+    position = dict(state["data"])
     if config.asynchrony.staleness:  # the stream of rows ahead looks at these
-        of_data.pop("ahead", None)
-    RowLoader(train, config.data).load_state_dict(of_data)
+        position.pop("ahead", None)
+    RowLoader(train, config.data).load_state_dict(position)
     if pretraining is not None:
         copy(pretraining).load_state_dict(state["further"]["pretraining"])
 

@@ -185,10 +185,12 @@ class Session:
             attempt.check()
             self._describe(0)
         elif self._first_step > 0 and not SUPERVISION.took_over:
-            others = other_settings(config, self.directory, but=self.prepared.derived)
-            if others:
+            differences = other_settings(config, self.directory, but=self.prepared.derived)
+            if differences:
                 LOGGER.warning(
-                    "steps after %d are trained with other settings: %s", self._first_step, others
+                    "steps after %d are trained with other settings: %s",
+                    self._first_step,
+                    differences,
                 )
         tracker = start_tracker(config, self.directory, self._first_step, length.num_steps, attempt)
         return self._resources.enter_context(tracker)

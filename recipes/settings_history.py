@@ -78,28 +78,27 @@ def other_settings(
     path = output_dir / CONFIG
     if not path.is_file():
         return ""
-    now, then = settings_tree(config), _tree(path)
     left_out = tuple(f"{name}." for name in OF_NO_STEP if name != "loop" or not loop)
     words = []
-    for name, here, there in differing_values(now, then):
+    for name, value, before in differing_values(settings_tree(config), _tree(path)):
         if name not in but and not f"{name}.".startswith(left_out):
-            words.append(f"{name} is {here} now and was {there}")
+            words.append(f"{name} is {value} now and was {before}")
     more = len(words) - MOST_SETTINGS
     return "; ".join(words[:MOST_SETTINGS]) + (f"; and {more} more" if more > 0 else "")
 
 
 def differing_values(first: Any, second: Any) -> Iterator[tuple[str, object, object]]:
     """Name and both values of each setting that two trees have differently, enums by their names."""
-    ours, theirs = flat(first, ""), flat(second, "")
-    for name in sorted(ours.keys() | theirs.keys()):
-        pair = ours.get(name), theirs.get(name)
+    first, second = flat(first, ""), flat(second, "")
+    for name in sorted(first.keys() | second.keys()):
+        pair = first.get(name), second.get(name)
         if _plain(pair[0]) != _plain(pair[1]):
             yield name, *pair
 
 
-def derived_names(given: RunConfig, config: RunConfig) -> frozenset[str]:
-    """The settings of `config` that were left open in `given`."""
-    pairs = differing_values(settings_tree(given), settings_tree(config))
+def derived_names(settings: RunConfig, config: RunConfig) -> frozenset[str]:
+    """The settings of `config` that were left open in `settings`."""
+    pairs = differing_values(settings_tree(settings), settings_tree(config))
     return frozenset(name for name, *_ in pairs)
 
 
