@@ -18,6 +18,12 @@ FILES = {
 
 def check_question(config: RunConfig) -> None:
     """Says too which files of an earlier call are going to be replaced."""
+    data = config.data
+    if config.algorithm.name == "evaluate" and data.train != data.validation:
+        raise ValueError(
+            f"data.train is {data.train!r}, and recipes.evaluate answers data.validation="
+            f"{data.validation!r}; leave data.train out, or name its rows in data.validation"
+        )
     samples = config.algorithm.samples_per_prompt
     if samples > 1 and config.actor.generation.sampling.greedy:
         raise ValueError(

@@ -194,7 +194,7 @@ def test_b20_generation_after_sft_stops_where_a_turn_ends(
         *GRPO[:-2],
         "reward.function=tests.recipes.rewards:plain",
         f"model.path={saved}",
-        f"data.train={asked}",
+        f"data.validation={asked}",
         "actor.generation.sampling.greedy=true",
     )
     numbers = evaluate(replace(evaluation, output_dir=str(tmp_path / "evaluated")))

@@ -62,6 +62,10 @@ def test_what_fails_only_at_the_end_is_told_before(
     (tmp_path / "long.jsonl").write_text(long + "\n")
     with pytest.raises(ValueError, match=r"^data.validation: its longest prompt has 300 tokens"):
         dry_run("evaluate", asked | {"data.validation": tmp_path / "long.jsonl"}, reward=by_tokens)
+    with pytest.raises(
+        ValueError, match=r"^data.train is .*, and recipes.evaluate answers data.val"
+    ):
+        dry_run("evaluate", asked | {"data.train": tmp_path / "long.jsonl"}, reward=by_tokens)
     taken = tmp_path / "answers" / "samples.parquet"
     taken.mkdir(parents=True)
     with pytest.raises(ValueError, match=r"samples.parquet is no file and would be one"):
