@@ -160,9 +160,11 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
         generation_tensor_sizes=_generation_tensor_sizes(actor),
     )
     if inputs.config.device is Device.cpu:
+        num_nodes = sum(group.num_nodes for group in cluster_of(inputs.config).groups)
         space = replace(
             space,
             reduction_copies=True,
+            shared_shards=actor.train.engine == "fsdp" and num_nodes == 1,
             logits_at_once=float(CHUNK_ELEMENTS),
             logits_in_parts=True,
             generation_library=engine.library != "torch",

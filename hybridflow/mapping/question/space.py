@@ -83,6 +83,9 @@ class SearchSpace:
     whole_up_to_bytes: float = 0.0
     """With cut_between_steps: a model of at most so many float32 bytes is gathered, kept between
     passes and reduced as a whole, a larger one layer by layer."""
+    shared_shards: bool = False
+    """Data ranks lie in one machine's memory and compute with each other's shards where they are (FSDP
+    on CPUs), unless these are in another data type than what is computed in."""
     reduction_copies: bool = False
     """Reducing gradients copies them (gloo)."""
     bucket_elements: float = 0.0

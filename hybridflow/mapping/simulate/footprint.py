@@ -155,19 +155,33 @@ def _cut_state(
     shard = FLOAT32_BYTES * cut_trained(model, layout)
     parameters = shard + base_bytes(model, layout, space)
     if is_one_group(model, layout, space):
-        parameters += space.parameter_bytes * gathered_parameters(model, layout)
+        parameters += space.parameter_bytes * gathered_parameters(model, layout, space)
     if not trained:
         return Footprint(parameters=parameters)
     return Footprint(parameters=parameters, gradients=shard, optimizer=2 * shard)
 
 
-def gathered_parameters(model: ModelSpec, layout: ModelLayout) -> float:
+def gathered_parameters(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
     """Parameters of which FSDP has a gathered copy in a pass: on a single data rank an adapter's
-    base is used where it lies."""
+    base is used where it lies, and so are all weights that data ranks share."""
     count = trained_parameters(model, layout)
     if model.adapter is not None and layout.shards > 1:
         count += stage_parameters(model, layout)
-    return count
+    return count * gathered_share(model, layout, space)
+
+
+def gathered_share(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
+    """The part of the weights that a gather copies. Experts under expert parallelism are not among
+    those that data ranks share, and below an adapter all but its matrices are."""
+    if not space.shared_shards or layout.shards == 1:
+        return 1.0
+    if layout.e > layout.t:
+        return model.routed_parameters / model.layer_parameters
+    if space.parameter_bytes == FLOAT32_BYTES:
+        return 0.0
+    if model.adapter is None:
+        return 1.0
+    return trained_parameters(model, layout) / stage_parameters(model, layout)
 
 
 def gathered_between(
@@ -177,7 +191,7 @@ def gathered_between(
     step's first pass to the end of its update, and of a frozen model always (0 here)."""
     if not (trained and space.cut_between_steps and is_one_group(model, layout, space)):
         return 0.0
-    return space.parameter_bytes * gathered_parameters(model, layout)
+    return space.parameter_bytes * gathered_parameters(model, layout, space)
 
 
 def gathering_bytes(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
@@ -186,8 +200,9 @@ def gathering_bytes(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -
     if not space.cut_between_steps or layout.shards == 1 or layout.zero >= 3:
         return 0.0
     if is_one_group(model, layout, space):
-        return space.parameter_bytes * gathered_parameters(model, layout)
-    return space.parameter_bytes * layer_share(model, layout)
+        return space.parameter_bytes * gathered_parameters(model, layout, space)
+    share = gathered_share(model, layout, space)
+    return space.parameter_bytes * layer_share(model, layout) * share
 
 
 def is_one_group(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> bool:

@@ -29,6 +29,7 @@ from hybridflow.mapping.simulate.footprint import (
     fetched_bytes,
     gathered_between,
     gathered_parameters,
+    gathered_share,
     gathering_bytes,
     is_one_group,
     layer_share,
@@ -290,7 +291,7 @@ def _cut_states(
     layer, ends = layer_share(model, layout), _ends(model, layout)
     in_layers = copies * layer + space.parameter_bytes * model.head_parameters / layout.t
     before = shard if earlier else 0.0
-    one_by_one = space.parameter_bytes * (ends + layer)
+    one_by_one = space.parameter_bytes * (ends + layer) * gathered_share(model, layout, space)
     in_last, at_end = (gathered, gathered) if several else (one_by_one, 0.0)
     if layout.zero >= 3:
         in_last, at_end = gathered, 0.0
@@ -341,10 +342,11 @@ def _gathered(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> floa
     """Bytes of FSDP's gathered weights in the layers' passes, but for a model that is one group,
     which has them all the time: a layer's and the next one's, or all."""
     if layout.zero >= 3:
-        return space.parameter_bytes * (2 * layer_share(model, layout) + _ends(model, layout))
+        whole = 2 * layer_share(model, layout) + _ends(model, layout)
+        return space.parameter_bytes * whole * gathered_share(model, layout, space)
     if is_one_group(model, layout, space):
         return 0.0
-    return space.parameter_bytes * gathered_parameters(model, layout)
+    return space.parameter_bytes * gathered_parameters(model, layout, space)
 
 
 def _two_layers(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
