@@ -70,6 +70,8 @@ class SnapshotFiles:
         self.directory = directory
         self.files = [read_header(path) for path in rank_files(directory)]
         if not self.files:
+            for path in sorted(directory.glob(f"*{SUFFIX}")):
+                read_header(path)  # its refusal says more where an earlier version wrote it
             raise FilesMissing(
                 f"snapshot directory is {str(directory)!r}; it holds no {SUFFIX[1:]} files: use a "
                 "directory of a checkpoint"

@@ -137,14 +137,19 @@ def test_a_micro_batch_has_whole_rows_and_groups(budget: int, lengths: str, shar
     assert (later > 0) == (len(sizes) > 1)
 
 
-def test_gathered_weights_are_there_from_the_first_pass_to_the_update(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cluster", "number_bytes"), [("2x1xcpu", 4), ("1x2xcpu", 0)])
+def test_gathered_weights_are_there_from_the_first_pass_to_the_update(
+    cluster: str, number_bytes: int, tmp_path: Path
+) -> None:
     """Of a model that FSDP gathers at once: of the critic in all calls of a step of PPO but generation
-    and the actor's update, which follows its own; of the reference always."""
+    and the actor's update, which follows its own; of the reference always. The data ranks of one
+    machine's CPUs share them, and nothing is gathered."""
     path = make_model(tmp_path / "model")
     settings = tiny_grpo(tmp_path) | {
         "runtime": "ray",
         "num_devices": 2,
         "model.path": path,
+        "plan.cluster": cluster,
         "output_dir": tmp_path / "run",
     }
     mapping = foresee(make_settings("ppo", settings, by_length))
@@ -156,7 +161,7 @@ def test_gathered_weights_are_there_from_the_first_pass_to_the_update(tmp_path: 
     assert critic == held["critic.update_critic"] - held["actor.update_actor"]
     assert critic == held["critic.compute_values"] - held["actor.generate_sequences"]
     spec = ModelSpec.from_directory(path).with_scalar_head()
-    assert critic == pytest.approx(4 * spec.num_parameters, rel=0.02)
+    assert critic == pytest.approx(number_bytes * spec.num_parameters, rel=0.02)
 
 
 def test_keys_and_values_of_engine_hf_go_with_their_rows(tmp_path: Path) -> None:
