@@ -36,8 +36,9 @@ fits its settings: everything that is refused is refused there, in one line.
   several labels are refused: transformers would draw a new one at random.
 - **Lengths.** `actor.generation.max_model_len` is the longest prompt with `max_response_tokens`,
   and the key/value cache of a CPU what the rows of a step need, unless you set them.
-- **States.** Layers that carry a state (Mamba, and the hybrids: Bamba, Falcon-H1, Jamba, Nemotron-H,
-  Granite 4, Qwen 3.5) generate with engine hf, which reads rows of equal length together. Qwen 3.5
+- **States.** Layers that carry a state (Mamba and Mamba 2, and the hybrids: Bamba, Falcon-H1, Jamba,
+  Nemotron-H, Granite 4, Zamba 2, OLMo Hybrid, Qwen 3 Next, Qwen 3.5) generate with engine hf, which
+  reads rows of equal length together. Qwen 3.5
   is further from its generation in float32 (1.6e-5) than a row of the table may be; transformers'
   own pass is 3e-5 from the same in float64.
 - **Images.** Prompts of families marked *images* have up to two ([images.md](images.md)).

@@ -20,6 +20,7 @@ from workers.config import Precision
 from workers.engines.model.loading import standard_sizes
 from workers.generation.cache import MAX_CACHE_BYTES, cache_bytes, cache_bytes_of_rows
 from workers.generation.config import GenerationConfig
+from workers.generation.hf import HfEngine
 from workers.generation.vllm.engine import VllmEngine
 from workers.generation.vllm.limits import (
     CPU_HEAD_SIZES,
@@ -262,6 +263,15 @@ def test_families_that_vllm_cannot_run_or_take_weights_for_are_refused() -> None
     with pytest.raises(ValueError, match=r"whose bloom can't be built .*engine to hf"):
         VllmEngine.check_sync(config_of("Bloom"))
     VllmEngine.check_model(config_of("Bloom"), GenerationConfig())
+
+
+@pytest.mark.parametrize("kind", ["minimax", "recurrent_gemma", "rwkv", "xlstm"])
+def test_states_that_no_cache_of_engine_hf_holds(kind: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"a cache that {kind} does not take; .*engine to another"
+    ):
+        HfEngine.check_model(AutoConfig.for_model(kind), GenerationConfig())
+    HfEngine.check_model(config_of("Mamba"), GenerationConfig())
 
 
 def test_linear_attention_that_vllm_has_in_bfloat16_alone_on_cpus() -> None:

@@ -53,7 +53,7 @@ from workers.quiet import quiet
 from workers.tokenizer import load_tokenizer
 from workers.weight_files import check_weight_files
 
-OWN_STATE = ("rwkv", "xlstm")
+OWN_STATE = ("minimax", "recurrent_gemma", "rwkv", "xlstm")
 """Families whose state is no cache of the kind that transformers' other models share."""
 
 
