@@ -150,7 +150,7 @@ class CheckpointStore:
 
     def _remove_leftovers(self, but: Path | None = None) -> None:
         for kind in ("saving", "adding", "deleting"):
-            for leftover in self.directory.glob(f".{kind}-*/"):
+            for leftover in directories(self.directory, f".{kind}-*"):
                 if _attempt_of(leftover.name) <= self._number and leftover != but:
                     self._disk.remove(leftover)
 
@@ -313,7 +313,7 @@ class CheckpointStore:
     def _named(self) -> list[Path]:
         """The directories with names of checkpoints. Archives and copies that people make beside them
         are theirs."""
-        paths = self.directory.glob("step-*/")
+        paths = directories(self.directory, "step-*")
         return [path for path in paths if NAME.fullmatch(path.name)]
 
     def set_aside(self, path: Path) -> None:
@@ -329,7 +329,7 @@ class CheckpointStore:
     def damaged(self) -> list[Path]:
         """Checkpoints that were set aside, and those whose manifest is missing or damaged."""
         readable = {checkpoint.path for checkpoint in self._scan()}
-        paths = [*self._named(), *self.directory.glob("damaged-*/")]
+        paths = [*self._named(), *directories(self.directory, "damaged-*")]
         return [path for path in paths if path not in readable]
 
     def would_be_best(self, metrics: Mapping[str, float]) -> bool:
@@ -377,6 +377,11 @@ class CheckpointStore:
             number += 1
             path = self.directory / f"step-{step:08d}-{number}"
         return path
+
+
+def directories(parent: Path, pattern: str) -> list[Path]:
+    """Those in `parent` whose names match; no files."""
+    return [path for path in parent.glob(pattern) if path.is_dir()]
 
 
 def _say(line: str) -> None:

@@ -321,7 +321,6 @@ def test_a_judge_beside_rewards_is_refused(tmp_path: Path) -> None:
     judge = {
         "judge.model.path": settings["model.path"],
         "reference.train.precision": "fp32",
-        "judge.generation.engine": "hf",
     }
     with pytest.raises(ValueError, match="online_dpo learns from its judge alone"):
         dry_run("online_dpo", settings | judge, environment=Echo)

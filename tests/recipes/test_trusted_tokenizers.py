@@ -98,14 +98,16 @@ def test_b28_a_judge_reads_the_policys_text(own_code: Path, tmp_path: Path, verd
         "judge.verdict": verdict,
         "judge.train.precision": "fp32",
         "judge.template": "{prompt} {response}",
-        "judge.yes": "5",
-        "judge.no": "6",
-        "judge.generation.engine": "hf",
         "judge.generation.precision": "fp32",
-        "judge.generation.sampling.max_response_tokens": 2,
     }
     if verdict == "written":
-        of_judge["judge.unreadable_reward"] = 0.0
+        of_judge |= {
+            "judge.unreadable_reward": 0.0,
+            "judge.generation.engine": "hf",
+            "judge.generation.sampling.max_response_tokens": 2,
+        }
+    else:
+        of_judge |= {"judge.yes": "5", "judge.no": "6"}
     outcome = run("generative_reward", settings(own_code, tmp_path) | of_judge)
     assert outcome.num_steps == 1
 
