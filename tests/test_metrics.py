@@ -9,6 +9,7 @@ import math
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,7 @@ def test_wandb_offline_writes_a_run_that_holds_every_point_and_continues_under_i
     from wandb.proto.wandb_internal_pb2 import Record
 
     for start in (0, 1):
+        time.sleep(start)  # wandb's directories are named by the second
         with Tracker(
             config(wandb=WandbMode.offline, run="nightly"),
             tmp_path,
