@@ -48,6 +48,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with plain_errors():
         check_names(arguments.overrides)  # before the minute of preparation, not after it
+        for override in arguments.overrides:
+            if override.startswith("output_dir="):
+                raise ValueError(
+                    f"{override}: the quickstart reads what it shows from --output; set that"
+                )
     output = arguments.output or Path(
         "outputs/quickstart"
         if arguments.recipe == "ppo"

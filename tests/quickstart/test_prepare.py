@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from controllers.data import DataConfig, PromptDataset
-from recipes.quickstart.__main__ import recipe_command, summarise
+from recipes.quickstart.__main__ import main, recipe_command, summarise
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
 from recipes.quickstart.prepare import PrepareConfig, Prepared, prepare
 from recipes.quickstart.reward import exact_match
@@ -228,3 +228,17 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert summarise(tmp_path) == summary
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_the_directory_is_set_where_it_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The curves of an earlier run would be shown."""
+    monkeypatch.setattr("sys.argv", ["quickstart", "output_dir=elsewhere"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert (
+        "output_dir=elsewhere: the quickstart reads what it shows from --output"
+        in capsys.readouterr().err
+    )
