@@ -5,8 +5,8 @@ models and engines of different shapes.
 
 Two hosts on Ray, float32, two steps of 8 prompts x 4 samples with 128 new tokens (PPO: 2 samples,
 384 tokens; recompute: 512; step: the batch of benchmarks.step's 30 M); random Llama models, and a
-Mixtral. Rows of {shape, measured_bytes, predicted_bytes, all_bytes}: the
-largest host, its prediction, all processes of the run.
+Mixtral. Rows of {shape, measured_bytes, predicted_bytes, all_bytes}: the largest host, its
+prediction, all processes of the run.
 """
 
 from __future__ import annotations

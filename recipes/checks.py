@@ -1,9 +1,10 @@
-"""What can be known of a run before anything starts: names, sizes, and whether the models fit their
-layouts.
+"""What can be known of a run before anything starts: names and sizes of every role's settings.
 
 Every problem is a ValueError with field, value and fix. Leaves out what others check: values of
-single fields (the dataclasses), data (controllers/data), whether data, models and functions fit
-each other (compatibility.py), columns (hybridflow/tracing.py), the machines (cluster/connect.py).
+single fields (the dataclasses), generation (generation_checks.py), whether the models fit their
+layouts (model_checks.py), settings without a reader (unread.py), data (controllers/data), whether
+data, models and functions fit each other (compatibility.py), columns
+(hybridflow/tracing.py), the machines (cluster/connect.py).
 """
 
 from __future__ import annotations

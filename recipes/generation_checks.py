@@ -1,6 +1,6 @@
 """Checks of generation settings: names and ranges of one role, and roles that generate in one pool.
 
-Every problem is a ValueError with field, value and fix. Leaves out what needs the model (checks.py).
+Every problem is a ValueError with field, value and fix. Leaves out what needs the model (model_checks.py).
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
         space = replace(
             space,
             reduction_copies=True,
-            shared_shards=actor.train.engine == "fsdp" and num_nodes == 1,
+            shared_shards=num_nodes == 1,
             logits_at_once=float(CHUNK_ELEMENTS),
             logits_in_parts=True,
             generation_library=engine.library != "torch",

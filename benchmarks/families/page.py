@@ -38,9 +38,8 @@ fits its settings: everything that is refused is refused there, in one line.
   and the key/value cache of a CPU what the rows of a step need, unless you set them.
 - **States.** Layers that carry a state (Mamba and Mamba 2, and the hybrids: Bamba, Falcon-H1, Jamba,
   Nemotron-H, Granite 4, Zamba 2, OLMo Hybrid, Qwen 3 Next, Qwen 3.5) generate with engine hf, which
-  reads rows of equal length together. Qwen 3.5
-  is further from its generation in float32 (1.6e-5) than a row of the table may be; transformers'
-  own pass is 3e-5 from the same in float64.
+  reads rows of equal length together. Qwen 3.5 is further from its generation in float32 (1.6e-5)
+  than a row of the table may be; transformers' own pass is 3e-5 from the same in float64.
 - **Images.** Prompts of families marked *images* have up to two ([images.md](images.md)).
 - **generation.tp** divides the attention heads, the width of the MLP and the vocabulary (padded
   to 64), and divides the key-value heads or is a multiple of them.

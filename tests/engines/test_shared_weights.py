@@ -6,6 +6,7 @@ tests/engines/test_fsdp.py compares engines that share with plain PyTorch.
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,21 @@ def check_memory(rank: int, root: Path) -> None:
         assert bytes_mapped() == NUM_BYTES
         del memory
         assert bytes_mapped() == 0
+
+
+def refuse(name: str) -> int:
+    raise OSError(f"no memory for {name}")
+
+
+def check_refusal(rank: int, root: Path) -> None:
+    os.memfd_create = refuse
+    for _ in worlds(rank, root, (2,)):
+        assert dist.group.WORLD is not None
+        assert shared_memory(NUM_BYTES, dist.group.WORLD) is None
+
+
+def test_a_system_that_refuses_it_leaves_each_rank_its_own(tmp_path: Path) -> None:
+    run_ranks(check_refusal, (tmp_path,), 2)
 
 
 def test_all_ranks_have_one_memory_which_ends_with_them(tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ class SearchSpace:
     """With cut_between_steps: a model of at most so many float32 bytes is gathered, kept between
     passes and reduced as a whole, a larger one layer by layer."""
     shared_shards: bool = False
-    """Data ranks lie in one machine's memory and compute with each other's shards where they are (FSDP
-    on CPUs), unless these are in another data type than what is computed in."""
+    """With cut_between_steps: data ranks are processes on one machine's CPUs, and compute with each
+    other's shards where they are, unless these are in another data type than what is computed in."""
     reduction_copies: bool = False
     """Reducing gradients copies them (gloo)."""
     bucket_elements: float = 0.0

@@ -143,17 +143,21 @@ def shard_model(
     assert isinstance(scored, FSDPModule)
     if mesh["dp"].size() == 1:
         return scored
-    # A loss is a sum over data ranks; FSDP would take the mean. Gloo can only sum.
+    _sum_gradients(scored, mesh)
+    # Experts that only other ranks' tokens use.
+    scored.set_reduce_scatter_unused_params(True)
+    return scored
+
+
+def _sum_gradients(scored: ScoredModel, mesh: DeviceMesh) -> None:
+    """A loss is a sum over data ranks; FSDP would take the mean."""
     for module in scored.modules():
         if isinstance(module, FSDPModule):
-            module.set_force_sum_reduction_for_comms(True)
+            module.set_force_sum_reduction_for_comms(True)  # gloo can only sum
             module.set_gradient_divide_factor(1.0)
             if dist.get_backend(mesh["dp"].get_group()) == "gloo":
                 # Its type is private to PyTorch.
                 module.set_custom_reduce_scatter(GlooReduceScatter())  # type: ignore[arg-type]
-    # Experts that only other ranks' tokens use.
-    scored.set_reduce_scatter_unused_params(True)
-    return scored
 
 
 def _shard_experts(

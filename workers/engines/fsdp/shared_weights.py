@@ -18,6 +18,7 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,11 @@ def shared_memory(num_bytes: int, group: ProcessGroup) -> Tensor | None:
     machine that has such memory. Collective."""
     name, place, file = f"{PREFIX}{secrets.token_hex(8)}", "", -1
     if group.rank() == 0 and sys.platform == "linux":
-        file = os.memfd_create(name)
-        os.ftruncate(file, num_bytes)
-        place = f"/proc/{os.getpid()}/fd/{file}"
+        # A system that refuses it is one that has none: the others wait for the name.
+        with suppress(OSError):
+            file = os.memfd_create(name)
+            os.ftruncate(file, num_bytes)
+            place = f"/proc/{os.getpid()}/fd/{file}"
     said: list[str] = [place, name]
     dist.broadcast_object_list(said, group=group, group_src=0)
     memory, problem = None, ""
